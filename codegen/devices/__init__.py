@@ -1,0 +1,1 @@
+"""Lowerings, one module per device."""

@@ -1,0 +1,78 @@
+"""Lower `qcompile::` ops to generated kernels inside Inductor's code.
+
+A `qmm` node becomes one extern-kernel node of Inductor's IR: Inductor plans the output buffer and the memory, our text is
+compiled by Inductor's own C++ builder next to its kernels, and the generated wrapper calls it with raw tensors and sizes.
+No dispatcher and no Python operator runs per call, and the kernel's text is part of the cached code, so Inductor's disk
+cache holds it.  Where no kernel exists the op falls back to its plain-torch meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from qcompile import compat
+from qcompile.codegen.devices.cpu import CpuLowering
+from qcompile.codegen.registry import Verdict
+from qcompile.codegen.spec import KernelSpec
+from qcompile.ir.matmul import OUT_DTYPES, MatmulSpec
+
+_ops = torch.ops.qcompile
+
+
+def verdict(spec: MatmulSpec, device: torch.device, x: torch.dtype, extras: Sequence[torch.dtype] = ()) -> Verdict:
+    """Whether a generated kernel exists for a matmul on a device."""
+    if device.type != "cpu":
+        return Verdict(False, f"no kernels for {device.type} yet")
+    if x not in OUT_DTYPES.values():
+        return Verdict(False, f"activations of dtype {x}")
+    y = OUT_DTYPES[spec.out] if spec.out else x
+    return CpuLowering().supports(KernelSpec.of(spec, x, y, tuple(extras)))
+
+
+def install() -> None:
+    """Register the lowerings with Inductor; calling it again changes nothing."""
+    if _ops.qmm.default not in compat.inductor_lowerings():
+        compat.register_lowering(_ops.qmm.default, _lower_qmm)
+        for op in (_ops.qembedding.default, _ops.decode.default):
+            compat.register_fallback(op)
+
+
+def _lower_qmm(x: Any, parts: Sequence[Any], extras: Sequence[Any], spec: str) -> Any:
+    what = MatmulSpec.parse(spec)
+    dtypes = [extra.get_dtype() for extra in extras]
+    if compat.cpp_wrapper_active() or not verdict(what, x.get_device(), x.get_dtype(), dtypes).ok:
+        return compat.fallback(_ops.qmm.default)(x, parts, extras, spec)
+    out = OUT_DTYPES[what.out] if what.out else x.get_dtype()
+    kernel = CpuLowering().emit(KernelSpec.of(what, x.get_dtype(), out, tuple(dtypes)))
+
+    x = compat.rows_with_one_stride(x)
+    mats = [
+        compat.rows_with_one_stride(extra) if kind == "mat" else compat.contiguous(extra)
+        for extra, kind in zip(extras, what.extras, strict=True)
+    ]
+    lead = list(x.get_size())[:-1]
+    rows: Any = 1
+    for size in lead:
+        rows = rows * size
+
+    def scalars() -> list[Any]:
+        """M, K, ldx, each segment's columns, row stride of each "mat" extra, ldy."""
+        strides = [compat.row_stride(e) for e, kind in zip(mats, what.extras, strict=True) if kind == "mat"]
+        return [rows, what.k, compat.row_stride(x), *what.n, *strides, what.columns]
+
+    return compat.extern_cpp_kernel(
+        name="qcompile_qmm",
+        argtypes=kernel.argtypes,
+        source=kernel.source,
+        inputs=[x, *map(compat.contiguous, parts), *mats],
+        scalars=scalars,
+        size=[*lead, what.columns],
+        dtype=out,
+        device=x.get_device(),
+    )
+
+
+__all__ = ["install", "verdict"]

@@ -1,0 +1,188 @@
+// One call: quantize rows, walk over panels with all threads, finish each panel (scales, epilogue, store).
+// Panels are handed out by a counter, so a core that somebody else is using delays its own panels only.
+struct Segment {
+  const uint8_t* codes;
+  const S::T* scale;
+  const Z::T* zero;
+  int64_t n, panels, column;  // column: where the segment's results begin in y
+};
+struct Problem {
+  const X::T* x;
+  Segment segment[SEGMENTS];
+  Extras extras;
+  Y::T* y;
+  int64_t m, k, ldx, ldy, blocks, groups, units;
+};
+constexpr int TOGETHER = PAIRED ? SEGMENTS : 1;  // panels that one unit of work multiplies before its epilogue
+
+class Scratch {  // memory of one thread, kept between calls
+  char* at = nullptr;
+  size_t size = 0;
+
+ public:
+  char* get(size_t want) {
+    if (want > size) {
+      free(at);
+      size = (want + want / 4 + 4095) / 4096 * 4096;
+      at = (char*)aligned_alloc(4096, size);
+      if (!at) abort();
+    }
+    return at;
+  }
+  ~Scratch() { free(at); }
+};
+static thread_local Scratch shared_rows, own_panels;
+
+struct Unit {
+  int segment;
+  int64_t panel;
+};
+INL Unit unit_of(const Problem& p, int64_t u) {
+  Unit at{0, u};
+  if constexpr (!PAIRED)
+    while (at.panel >= p.segment[at.segment].panels) at.panel -= p.segment[at.segment++].panels;
+  return at;
+}
+
+INL Rows moved(Rows rows, int64_t block, int R) {
+  int64_t group = GB ? block / (GB ? GB : 1) : 0, unit = DIGITS == 2 ? block : group;
+  rows.x += block * 8 * R * XB;
+  rows.start += unit * R, rows.step += block * R, rows.sums += group * R;
+  return rows;
+}
+INL Span span_of(const Problem& p, const Segment& s, int64_t panel, Rows rows, int R, int64_t from, int64_t to) {
+  int64_t group = GB ? from / (GB ? GB : 1) : 0;
+  return {s.codes + (panel * p.blocks + from) * Packed::BYTES, s.scale + (panel * p.groups + group) * 16,
+          s.zero + (ZERO == Zero::NONE ? 0 : (panel * p.groups + group) * 16), moved(rows, from, R), to - from, from == 0};
+}
+
+// Rows m .. m + count of one unit: c[i] holds R x 16 sums of the unit's i-th panel.
+static __attribute__((noinline)) void finish(const Problem& p, Unit at, Rows rows, int64_t m, int count, const float* const* c) {
+  VF s[TOGETHER], z[TOGETHER];
+  for (int i = 0; i < TOGETHER; i++) {
+    const Segment& segment = p.segment[at.segment + i];
+    s[i] = SINGLE ? S::load(segment.scale + at.panel * 16) : fset(1.0f);
+    z[i] = SINGLE && ZERO != Zero::NONE ? Z::load(segment.zero + at.panel * 16) : fset(0.0f);
+  }
+  const Segment& segment = p.segment[at.segment];
+  const int64_t column = segment.column + at.panel * 16, left = segment.n - at.panel * 16;
+  for (int r = 0; r < count; r++) {
+    VF a[TOGETHER];
+    float scale = rows.scale[r];
+    for (int i = 0; i < TOGETHER; i++) a[i] = fmul(result(c[i] + r * 16, s[i], z[i], rows.sums[r]), fset(scale));
+    VF y = epilogue(a, p.extras, m + r, column, left);
+    if (scale != scale) y = fset(scale);  // the row held a NaN or an Inf
+    store_part<Y>(p.y + (m + r) * p.ldy + column, left, y);
+  }
+}
+
+// M <= 8: every thread quantizes the few rows for itself (cheaper than a barrier) and streams the codes once.
+template <int R> static void few_rows(const Problem& p, int threads) {
+  const int64_t chunk = std::max<int64_t>(1, p.units / (threads * CHUNKS));
+  std::atomic<int64_t> next{0};
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    Rows rows(shared_rows.get(Rows::bytes(R, p.blocks, p.groups)), R, p.blocks, p.groups);
+    for (int r = 0; r < p.m; r++) take_row(p.x + r * p.ldx, p.k, r, R, rows);
+    alignas(64) float c[TOGETHER][R * 16];
+    const float* cs[TOGETHER];
+    for (int i = 0; i < TOGETHER; i++) cs[i] = c[i];
+    for (int64_t u; (u = next.fetch_add(chunk, std::memory_order_relaxed)) < p.units;)
+      for (int64_t e = std::min(u + chunk, p.units); u < e; u++) {
+        Unit at = unit_of(p, u);
+        for (int i = 0; i < TOGETHER; i++)
+          multiply<Packed, R>(span_of(p, p.segment[at.segment + i], at.panel, rows, R, 0, p.blocks), c[i]);
+        finish(p, at, rows, 0, p.m, cs);
+      }
+  }
+}
+
+// M > 8: rows are quantized once, in blocks of MR (the last block may have fewer); a panel is unpacked to bytes chunk by
+// chunk and each chunk serves all rows of a stripe while it is in the first-level cache.
+template <class Codes> INL void multiply_rows(int R, const Span& span, float* c) {
+  switch (R) {
+    case 1: return multiply<Codes, 1>(span, c);
+    case 2: return multiply<Codes, 2>(span, c);
+    case 4: return multiply<Codes, 4>(span, c);
+    default: return multiply<Codes, 8>(span, c);
+  }
+}
+// Rows that a block of `left` rows is multiplied as; the rows beyond `left` are computed and dropped.
+INL int block_rows(int64_t left, int most) {
+  for (int R = 1; R < most && R <= 8; R *= 2)
+    if (left <= R) return R;
+  return most;
+}
+
+static void many_rows(const Problem& p, int threads) {
+  const int64_t row_blocks = (p.m + MR - 1) / MR, stripes = (row_blocks + STRIPE - 1) / STRIPE;
+  const int64_t stripe = (row_blocks + stripes - 1) / stripes;
+  const int tail = block_rows(p.m - (row_blocks - 1) * MR, MR);
+  const int64_t chunk = GB ? std::max(CHUNK_BLOCKS / GB, 1) * GB : CHUNK_BLOCKS;
+  const size_t row_bytes = Rows::bytes(MR, p.blocks, p.groups);
+  char* packed = shared_rows.get(row_bytes * row_blocks);
+  auto rows_of = [&](int64_t b) { return Rows(packed + b * row_bytes, b + 1 < row_blocks ? MR : tail, p.blocks, p.groups); };
+  std::atomic<int64_t> next_row{0}, next{0};
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    for (int64_t b; (b = next_row.fetch_add(1, std::memory_order_relaxed)) < row_blocks;) {
+      const int R = b + 1 < row_blocks ? MR : tail;
+      for (int64_t m = b * MR; m < std::min(p.m, (b + 1) * MR); m++)
+        take_row(p.x + m * p.ldx, p.k, (int)(m - b * MR), R, rows_of(b));
+    }
+#pragma omp barrier
+    const size_t c_bytes = stripe * MR * 16 * sizeof(float);
+    char* own = own_panels.get(c_bytes * TOGETHER + chunk * Plain::BYTES);
+    uint8_t* bytes = (uint8_t*)own + c_bytes * TOGETHER;
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < stripes * p.units;) {
+      const Unit at = unit_of(p, task % p.units);
+      const int64_t first = task / p.units * stripe, last = std::min(first + stripe, row_blocks);
+      for (int i = 0; i < TOGETHER; i++)
+        for (int64_t from = 0; from < p.blocks; from += chunk) {
+          const Segment& segment = p.segment[at.segment + i];
+          const int64_t to = std::min(from + chunk, p.blocks);
+          const uint8_t* codes = segment.codes + (at.panel * p.blocks + from) * Packed::BYTES;
+          if (!UNPACKED) unpack(codes, to - from, bytes);
+          for (int64_t b = first; b < last; b++) {
+            const int R = b + 1 < row_blocks ? MR : tail;
+            Span span = span_of(p, segment, at.panel, rows_of(b), R, from, to);
+            float* c = (float*)(own + i * c_bytes) + (b - first) * MR * 16;
+            if (R != MR) {
+              multiply_rows<Packed>(R, span, c);
+            } else {
+              if (!UNPACKED) span.codes = bytes;
+              multiply<Plain, MR>(span, c);
+            }
+          }
+        }
+      for (int64_t b = first; b < last; b++) {
+        const float* cs[TOGETHER];
+        for (int i = 0; i < TOGETHER; i++) cs[i] = (float*)(own + i * c_bytes) + (b - first) * MR * 16;
+        finish(p, at, rows_of(b), b * MR, (int)std::min<int64_t>(MR, p.m - b * MR), cs);
+      }
+    }
+  }
+}
+
+static void run(Problem& p) {
+  if (p.m <= 0) return;
+  p.blocks = (p.k + 31) / 32;
+  p.groups = GB ? (p.blocks + GB - 1) / (GB ? GB : 1) : 1;
+  int64_t column = 0, weights = 0;
+  p.units = 0;
+  for (Segment& s : p.segment) {
+    s.panels = (s.n + 15) / 16;
+    s.column = PAIRED ? 0 : column;
+    column += s.n;
+    weights += s.n * p.k;
+    p.units = PAIRED ? s.panels : p.units + s.panels;
+  }
+  int threads = omp_in_parallel() || weights * std::min<int64_t>(p.m, 16) < SERIAL_BELOW ? 1 : omp_get_max_threads();
+  if (p.m > FEW_ROWS) return many_rows(p, threads);
+  switch (block_rows(p.m, 8)) {
+    case 1: return few_rows<1>(p, threads);
+    case 2: return few_rows<2>(p, threads);
+    case 4: return few_rows<4>(p, threads);
+    default: return few_rows<8>(p, threads);
+  }
+}

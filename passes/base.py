@@ -1,0 +1,114 @@
+"""What a graph pass is, and what it may look at.
+
+A pass has a name (users insert, replace and drop by it), a stage, and a `run` that edits an FX graph in place.  It reads
+the plan and its context and nothing else.  Its fingerprint goes into Inductor's cache key: two compiles that differ
+only in a pass must never share a result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import fx
+
+from qcompile.ir.matmul import MatmulSpec
+from qcompile.options import Options
+from qcompile.plan.plan import Plan
+from qcompile.plan.recipe import Recipe
+from qcompile.runtime.store import Entry, Store
+
+Stage = Literal["dynamo", "post", "compile"]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A lowering's answer about one matmul: its name, or why it has none."""
+
+    name: str
+    reason: str = ""
+    slower_than_float: bool = False
+
+    @property
+    def found(self) -> bool:
+        return bool(self.name)
+
+
+@dataclass(frozen=True)
+class PackedInput:
+    """A graph input that the store supplies: its placeholder, the entry and part, and the parameters behind it."""
+
+    name: str
+    entry: Entry
+    part: int
+    roots: tuple[str, ...]
+
+
+@dataclass
+class PassContext:
+    """Everything passes share while one graph is compiled.
+
+    Attributes:
+        options: the user's options.
+        recipe: the resolved recipe.
+        plan: decisions by site; passes write reasons back.
+        store: the process-wide packed-weight store.
+        inputs: example value of each placeholder, by name; parameters are the real ones.
+        kernel: asks the lowerings about a matmul: `(spec, device, x dtype, out dtype, rows or None) -> Kernel`.
+        training: whether autograd is recording for this graph.
+        packed: graph inputs that `freeze` added.
+    """
+
+    options: Options
+    recipe: Recipe
+    plan: Plan
+    store: Store
+    inputs: dict[str, Any]
+    kernel: Callable[[MatmulSpec, torch.device, torch.dtype, int | None], Kernel]
+    training: bool = False
+    packed: list[PackedInput] = field(default_factory=list)
+
+
+class Pass:
+    """Base of all passes: subclass, name it, implement `run`.
+
+    Attributes:
+        name: unique, lower case; what `options={"passes": ...}` refers to.
+        stage: "dynamo" sees the user's operators and parameters; "post" sees the functional ATen graph of an
+            inference graph with `qcompile.qmm` nodes in it; "compile" wraps the compiler of that graph.
+    """
+
+    name: ClassVar[str] = ""
+    stage: ClassVar[Stage] = "dynamo"
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> None:
+        """Edit `gm.graph` in place; the manager lints and recompiles afterwards."""
+        raise NotImplementedError
+
+    def wrap(self, inner: Callable[..., Any], ctx: PassContext) -> Callable[..., Any]:
+        """Stage "compile" only: a compiler of functional graphs around another one."""
+        return inner
+
+    def fingerprint(self) -> str:
+        """Changes whenever the pass may produce another graph: class source, and public attributes."""
+        try:
+            source = inspect.getsource(type(self))
+        except (OSError, TypeError):  # defined interactively: fall back to the byte code
+            source = repr([f.__code__.co_code for f in vars(type(self)).values() if hasattr(f, "__code__")])
+        text = f"{type(self).__qualname__}\n{source}\n{sorted(vars(self).items(), key=lambda kv: kv[0])!r}"
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def node_device(node: fx.Node) -> torch.device:
+    """Device of the node's example value."""
+    value = node.meta.get("example_value", node.meta.get("val"))
+    return value.device if isinstance(value, torch.Tensor) else torch.device("cpu")
+
+
+def call_order(nodes: Sequence[fx.Node]) -> dict[fx.Node, int]:
+    """Position of each node, for "comes before" questions."""
+    return {node: index for index, node in enumerate(nodes)}

@@ -1,0 +1,174 @@
+"""Weights as expressions of parameters.
+
+A linear's weight operand is rarely the bare parameter: it may be a chunk of a fused qkv matrix, a transpose (HF
+`Conv1D`), a cast, or the decode of packed buffers.  Instead of listing such cases, this module finds every node that is
+a pure function of parameters, and turns the ones that end as an operand into a `WeightExpression` that can be evaluated
+on the real parameters now and again whenever they change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from qcompile import compat
+from qcompile.passes.match import op_name, value_of
+from qcompile.runtime.store import WeightExpression
+
+# Views, casts and joins: cheap, pure, and they keep values (so that a scheme's scale still means something).
+_PURE = frozenset(
+    "T mT t transpose permute view reshape flatten unflatten chunk split unbind getitem narrow select slice "
+    "unsqueeze squeeze expand expand_as contiguous clone to type float half bfloat16 double detach data "
+    "cat stack swapaxes swapdims movedim view_as alias".split()
+)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A node that is a function of parameters only.
+
+    Attributes:
+        node: the operand.
+        roots: parameter placeholders, in order of first use.
+        expression: the function.
+        path: module path of the first root.
+        packed: the `qcompile.decode` node underneath when the weight is already packed, else `None`.
+        chain: nodes from roots to operand, in graph order.
+    """
+
+    node: fx.Node
+    roots: tuple[fx.Node, ...]
+    expression: WeightExpression
+    path: str
+    packed: fx.Node | None
+    chain: tuple[fx.Node, ...]
+
+
+def is_decode(node: fx.Node) -> bool:
+    """Whether a node decodes packed buffers into a float weight."""
+    return node.op == "call_function" and node.target in (
+        torch.ops.qcompile.decode.default,
+        torch.ops.qcompile.decode,
+    )
+
+
+def parameter_path(node: fx.Node) -> str:
+    """Module path of a parameter placeholder: "model.layers.0.mlp.up_proj.weight"."""
+    source = compat.placeholder_source(node)
+    keys = []
+    for piece in source.replace("._modules[", "[").replace("._parameters[", "[").replace("._buffers[", "[").split("[")[1:]:
+        name, _, rest = piece.partition("]")
+        keys.append(name.strip("'\""))
+        keys += [part for part in rest.split(".") if part]
+    # The first key names the module inside the compiled frame ("self", "model"), not a part of its path.
+    return ".".join(keys[1:]) if len(keys) > 1 else ".".join(keys)
+
+
+def constant_nodes(graph: fx.Graph, inputs: Mapping[str, Any]) -> set[fx.Node]:
+    """Nodes that are pure functions of parameters (or decode packed buffers)."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            if isinstance(inputs.get(node.name), torch.nn.Parameter):
+                found.add(node)
+        elif is_decode(node):
+            if all(n.op == "placeholder" for n in node.all_input_nodes):
+                found.add(node)
+        elif op_name(node) in _PURE and node.all_input_nodes and all(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found - _written(graph, found)
+
+
+def _written(graph: fx.Graph, constants: set[fx.Node]) -> set[fx.Node]:
+    """Nodes that share storage with a parameter the graph itself writes to: those are not constant within a call."""
+    written: set[fx.Node] = set()
+    for node in graph.nodes:
+        name = op_name(node)
+        if name.endswith("_") and not name.endswith("__") and node.args and node.args[0] in constants:
+            stack = [node.args[0]]
+            while stack:
+                current = stack.pop()
+                if current in constants and current not in written:
+                    written.add(current)
+                    stack += [*current.all_input_nodes, *current.users]
+    return written
+
+
+def weight_of(node: Any, constants: set[fx.Node]) -> Weight | None:
+    """The weight that a node is, or `None` when it depends on anything but parameters."""
+    if not isinstance(node, fx.Node) or node not in constants:
+        return None
+    chain: list[fx.Node] = []
+    roots: list[fx.Node] = []
+    seen: set[fx.Node] = set()
+
+    def visit(current: fx.Node) -> None:
+        if current in seen:
+            return
+        seen.add(current)
+        if current.op == "placeholder" or is_decode(current):
+            roots.append(current)
+            return
+        for operand in current.all_input_nodes:
+            visit(operand)
+        chain.append(current)
+
+    visit(node)
+    packed = roots[0] if len(roots) == 1 and is_decode(roots[0]) else None
+    if packed is None and any(is_decode(root) for root in roots):
+        return None  # a mixture of packed and float pieces has no single scheme
+    path = parameter_path(roots[0]) if packed is None else parameter_path(packed.all_input_nodes[0])
+    expression = expression_of(node, roots, chain, path)
+    return Weight(node, tuple(roots), expression, path, packed, tuple(chain))
+
+
+def expression_of(
+    node: fx.Node, roots: Sequence[fx.Node], chain: Sequence[fx.Node], path: str
+) -> WeightExpression:
+    """Copy the chain into a graph of its own, so that it outlives the graph it was found in."""
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for index, root in enumerate(roots):
+        mapping[root] = graph.placeholder(f"p{index}")
+    for item in chain:
+        # Names are canonical, so that the same function found in two graphs has the same text.
+        mapping[item] = graph.create_node(
+            item.op,
+            item.target,
+            fx.map_arg(item.args, lambda n: mapping[n]),
+            fx.map_arg(item.kwargs, lambda n: mapping[n]),
+            name=f"v{len(mapping)}",
+        )
+    graph.output(mapping[node])
+    module = fx.GraphModule(torch.nn.Module(), graph)
+    return WeightExpression(module.code.strip(), module.forward, path)
+
+
+def packed_rows(weight: Weight) -> tuple[int, int] | None:
+    """Which rows of its packed table a weight expression reads, `(first row, rows)`; `None` when it is no row range.
+
+    Packed parts can only be used through views that keep whole rows.  Strides and offset of the view decide that, on
+    a tensor without storage, so any chain of transposes that cancels out is seen through.
+    """
+    assert weight.packed is not None
+    n, k = int(weight.packed.args[2]), int(weight.packed.args[3])  # type: ignore[arg-type]
+    if not weight.chain:
+        return 0, n
+    # `meta` keeps sizes, strides and offset, and runs no arithmetic.
+    probe = torch.empty(n, k, device="meta")
+    view = weight.expression.evaluate(probe)
+    first, rest = divmod(view.storage_offset(), k)
+    same_storage = view.untyped_storage()._cdata == probe.untyped_storage()._cdata
+    if not same_storage or rest or view.dim() != 2 or view.shape[1] != k or view.stride() != (k, 1):
+        return None
+    return first, int(view.shape[0])
+
+
+def operand_shape(weight: Weight) -> tuple[int, ...]:
+    """Shape of the weight operand as the graph sees it (parameters are static)."""
+    value = value_of(weight.node)
+    return tuple(int(s) for s in value.shape)

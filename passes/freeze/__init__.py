@@ -1,0 +1,1 @@
+"""Swap float weights for packed ones."""

@@ -1,0 +1,1 @@
+"""Passes on the functional ATen graph: fused epilogues, outlined layers."""

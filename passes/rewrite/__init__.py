@@ -1,0 +1,1 @@
+"""Change what the graph computes: merge sites that read one input."""

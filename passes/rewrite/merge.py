@@ -1,0 +1,45 @@
+"""Sites that read the same activation become one matmul with several segments (q/k/v, gate/up).
+
+One kernel call then quantizes the activation once, starts threads once and streams the weights back to back.  Member
+weights are not concatenated: each stays its own store entry, so a changed member re-encodes alone and a weight may sit in
+different groups of different graphs.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from qcompile.passes.base import Pass, PassContext
+from qcompile.passes.detect.sites import SITE
+from qcompile.passes.detect.weights import constant_nodes
+from qcompile.passes.match import argument, op_name
+
+MAX_SEGMENTS = 8
+
+
+class Merge(Pass):
+    """Give quantized linears with one input, one scheme and one dtype a common group number."""
+
+    name = "merge"
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> None:
+        constants = constant_nodes(gm.graph, ctx.inputs)
+        groups: dict[tuple[object, ...], list[int]] = {}
+        for node in gm.graph.nodes:
+            index = node.meta.get(SITE)
+            if index is None or op_name(node) != "linear" or not ctx.plan.decisions[index].quantized:
+                continue
+            bias = argument(node, 2, "bias")
+            if bias is not None and bias not in constants:
+                continue  # computed bias: it may come later than the first member of the group
+            decision = ctx.plan.decisions[index]
+            key = (argument(node, 0, "input"), decision.weight, decision.act, decision.site.k, decision.kernel)
+            groups.setdefault(key, []).append(index)
+        number = 0
+        for members in groups.values():
+            for start in range(0, len(members), MAX_SEGMENTS):
+                chunk = members[start : start + MAX_SEGMENTS]
+                if len(chunk) > 1:
+                    for index in chunk:
+                        ctx.plan.update(index, group=number)
+                    number += 1

@@ -1,0 +1,117 @@
+"""Turn sites into decisions: the recipe names a scheme, the lowerings say whether it pays.
+
+The one place where policy lives.  `speed` keeps a site float when its kernel is known to lose against float at this
+graph's number of rows; `memory` packs whatever can be packed; `accuracy` refuses activation schemes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from qcompile.errors import QCError, QCWarning
+from qcompile.ir.matmul import MatmulSpec
+from qcompile.ir.scheme import Scheme
+from qcompile.passes.base import Pass, PassContext, node_device
+from qcompile.passes.detect.sites import SITE
+from qcompile.passes.detect.weights import Weight, constant_nodes, weight_of
+from qcompile.passes.match import argument
+from qcompile.plan.plan import Decision
+from qcompile.plan.recipe import Choice
+from qcompile.plan.site import Site
+
+
+class Resolve(Pass):
+    """Apply the recipe and the policy to every site of the plan."""
+
+    name = "resolve"
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> None:
+        constants = constant_nodes(gm.graph, ctx.inputs)
+        choices: list[Choice] = []
+        for node in gm.graph.nodes:
+            index = node.meta.get(SITE)
+            if index is None:
+                continue
+            site = ctx.plan.decisions[index].site
+            if site.refused:
+                _refuse(ctx, site, site.refused)
+                continue
+            weight = weight_of(argument(node, 1, "weight"), constants)
+            assert weight is not None  # detect refuses sites without one
+            choice = _choose(ctx, site, weight)
+            choices.append(choice)
+            _decide(ctx, site, choice, node)
+        ctx.plan.unused_rules = ctx.recipe.unused(choices) if choices else []
+
+
+def real_weight(weight: Weight, ctx: PassContext) -> torch.Tensor:
+    """The float weight `[n, k]`, evaluated on the real parameters."""
+    with torch.no_grad():
+        return weight.expression.evaluate(*(ctx.inputs[root.name].detach() for root in weight.roots))
+
+
+def _choose(ctx: PassContext, site: Site, weight: Weight) -> Choice:
+    if weight.packed is not None:
+        # The scheme was fixed when the weight was given up; the recipe may still ask for low-bit activations.
+        fixed = Scheme.parse(str(weight.packed.args[1]))
+        choice = ctx.recipe.resolve(replace(site, weight_dtype=str(fixed)))
+        return replace(choice, weight=fixed, act=choice.act, reason="packed by convert")
+    return ctx.recipe.resolve(site, lambda: real_weight(weight, ctx))
+
+
+def _refuse(ctx: PassContext, site: Site, reason: str) -> None:
+    ctx.plan.update(site.index, reason=reason)
+    if ctx.options.strict and site.kind in ("linear", "head", "embedding"):
+        raise QCError("site.refused", f"{site.kind} site cannot be quantized", where=site.path or site.source, why=reason)
+    if "autograd is recording" in reason:
+        message = f"{site.path}: {reason}"
+        if message not in ctx.plan.notes:
+            ctx.plan.notes.append(message)
+
+
+def _decide(ctx: PassContext, site: Site, choice: Choice, node: fx.Node) -> None:
+    plan, options = ctx.plan, ctx.options
+    decision = Decision(site, choice.weight, choice.act, reason=choice.reason)
+    plan.decisions[site.index] = decision
+    if choice.weight is None:
+        return
+    act = None if options.policy == "accuracy" else choice.act
+    if act is not choice.act:
+        plan.update(site.index, act=None, reason='policy="accuracy" keeps activations exact')
+    if site.kind == "embedding":
+        plan.update(site.index, kernel="lookup")
+        return
+    spec = MatmulSpec(choice.weight, (site.n,), site.k, act)
+    dtype = getattr(torch, site.dtype)
+    kernel = ctx.kernel(spec, node_device(node), dtype, site.m)
+    if not kernel.found:
+        reason = f"no fast kernel for {choice.weight}: {kernel.reason}"
+        if options.strict:
+            raise QCError("kernel.none", reason, where=site.path, next="choose another scheme or strict=False")
+        if options.policy == "speed" and choice.reason != "packed by convert":
+            plan.keep_float(site.index, f"{reason}; policy='memory' packs it anyway")
+            return
+        plan.update(site.index, kernel="reference", reason=reason)
+    elif kernel.slower_than_float and options.policy == "speed" and choice.reason != "packed by convert":
+        plan.keep_float(site.index, f"{kernel.name} would be slower than float here: {kernel.reason}")
+    else:
+        plan.update(site.index, kernel=kernel.name)
+
+
+def warn_notes(ctx: PassContext) -> None:
+    """Say once per compile what the user must know."""
+    for rule in ctx.plan.unused_rules:
+        if rule.path != "*":
+            warnings.warn(f"recipe {ctx.recipe.name!r}: rule path={rule.path!r} matched no site", QCWarning, stacklevel=2)
+    training = [note for note in ctx.plan.notes if "autograd is recording" in note]
+    if training:
+        warnings.warn(
+            f"{len(training)} weights stay float: autograd is recording, so they may be trained. "
+            "Call the model under torch.no_grad() or torch.inference_mode() for low-bit inference.",
+            QCWarning,
+            stacklevel=2,
+        )

@@ -1,0 +1,70 @@
+"""qcompile: quantized inference and training as a backend of `torch.compile`.
+
+`torch.compile(model, backend="qcompile")` needs no import of this package; the names below are for the rest.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from qcompile.api import Conversion, Explanation, compile, convert, explain, load, refresh, save
+    from qcompile.errors import QCError, QCWarning
+    from qcompile.ir.scheme import Scheme
+    from qcompile.options import Options
+    from qcompile.passes.base import Pass, PassContext
+    from qcompile.plan.recipe import Recipe, Rule
+
+_HOMES = {
+    "compile": "api",
+    "convert": "api",
+    "explain": "api",
+    "load": "api",
+    "refresh": "api",
+    "save": "api",
+    "Conversion": "api",
+    "Explanation": "api",
+    "QCError": "errors",
+    "QCWarning": "errors",
+    "Scheme": "ir.scheme",
+    "Options": "options",
+    "Pass": "passes.base",
+    "PassContext": "passes.base",
+    "Recipe": "plan.recipe",
+    "Rule": "plan.recipe",
+}
+
+
+def __getattr__(name: str) -> object:
+    # Lazy: importing the backend loads Inductor, which a reader of `qcompile.Scheme` does not need.
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"qcompile.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'qcompile' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])
+
+
+__all__ = [
+    "Conversion",
+    "Explanation",
+    "Options",
+    "Pass",
+    "PassContext",
+    "QCError",
+    "QCWarning",
+    "Recipe",
+    "Rule",
+    "Scheme",
+    "__version__",
+    "compile",
+    "convert",
+    "explain",
+    "load",
+    "refresh",
+    "save",
+]

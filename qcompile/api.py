@@ -1,0 +1,56 @@
+"""The functions a user calls besides `torch.compile`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+import qcompile.backend  # noqa: F401  (so that a compiled model finds it)
+from qcompile import compat
+from qcompile.convert import Conversion, convert
+from qcompile.explain import Explanation, explain
+from qcompile.options import Options
+from qcompile.runtime.store import STORE
+from qcompile.serialize import load, save
+
+
+def refresh(model: nn.Module | torch.Tensor) -> int:
+    """Tell the store that weights were written behind torch's back (`param.data.copy_()`, writes through numpy).
+
+    Every other way to change a weight is noticed by itself.
+
+    Args:
+        model: a module (all its parameters) or one parameter.
+
+    Returns:
+        How many packed weights will be encoded again on their next use.
+    """
+    tensors = [model] if isinstance(model, torch.Tensor) else list(compat.uncompiled(model).parameters())
+    return STORE.mark(tensors)
+
+
+def compile(  # noqa: A001  (mirrors torch.compile)
+    model: Callable[..., Any], *, fast_guards: bool = False, dynamic: bool | None = None, **options: Any
+) -> Any:
+    """`torch.compile(model, backend="qcompile", options=options)` with one more knob.
+
+    Args:
+        model: module or function.
+        fast_guards: skip Dynamo's checks that modules, their hooks and their attributes are what they were when the
+            graph was made. That removes most of the per-call overhead of a large model; only set it when the model is
+            not modified after the first call (no `train()`, no new hooks, no changed configuration).
+        dynamic: as in `torch.compile`.
+        options: every option of the backend.
+
+    Raises:
+        QCError: an unknown option, at once and not on the first call.
+    """
+    Options.parse(options)
+    extra: dict[str, Any] = {"guard_filter_fn": compat.skip_module_guards} if fast_guards else {}
+    return torch.compile(model, backend="qcompile", dynamic=dynamic, options={**options, **extra})
+
+
+__all__ = ["Conversion", "Explanation", "compile", "convert", "explain", "load", "refresh", "save"]

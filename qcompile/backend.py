@@ -1,0 +1,224 @@
+"""The backend: what happens between Dynamo's graph and the code that runs, top to bottom.
+
+    canonicalize   every spelling of "activation times weight" becomes F.linear
+    detect         sites, with a reason where nothing can be done
+    resolve        the recipe names schemes, the lowerings say whether they pay
+    merge          sites that read one input become one matmul
+    freeze         weights are encoded once; packed tensors become inputs
+    (AOTAutograd)  functional ATen graph
+    epilogue       bias, activation, gate and residual move into the matmul
+    outline        repeated layers are compiled once
+    (Inductor)     generated kernels
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+import qcompile.ir.ops  # noqa: F401  (registers the operators)
+from qcompile import compat
+from qcompile.codegen import inductor
+from qcompile.codegen.devices.cpu import detect_isa
+from qcompile.errors import QCError, QCWarning
+from qcompile.ir.matmul import MatmulSpec
+from qcompile.options import Options
+from qcompile.passes.base import Kernel, Pass, PassContext, Stage
+from qcompile.passes.detect.canonicalize import Canonicalize
+from qcompile.passes.detect.sites import Detect
+from qcompile.passes.freeze.freeze import Freeze
+from qcompile.passes.late.epilogue import Epilogue
+from qcompile.passes.manager import PassManager
+from qcompile.passes.rewrite.merge import Merge
+from qcompile.passes.rewrite.resolve import Resolve, warn_notes
+from qcompile.plan.plan import Plan
+from qcompile.plan.recipe import Recipe
+from qcompile.runtime.frozen import FrozenCall, Slot
+from qcompile.runtime.store import STORE
+
+DEFAULT_PASSES: tuple[Pass, ...] = (
+    Canonicalize(),
+    Detect(),
+    Resolve(),
+    Merge(),
+    Freeze(),
+    Epilogue(),
+)
+
+
+@dataclass
+class Trace:
+    """What a `watching` block saw: one context per compiled graph. With `only_plan`, nothing is compiled."""
+
+    only_plan: bool = False
+    contexts: list[PassContext] = field(default_factory=list)
+
+
+_TRACE: ContextVar[Trace | None] = ContextVar("qcompile_trace", default=None)
+
+
+@contextmanager
+def watching(only_plan: bool = False) -> Iterator[Trace]:
+    """Collect the plans of every graph compiled inside the block.
+
+    Args:
+        only_plan: run the rewritten graphs with the reference operators instead of generating code.
+    """
+    token = _TRACE.set(trace := Trace(only_plan))
+    try:
+        yield trace
+    finally:
+        _TRACE.reset(token)
+
+
+def qcompile(gm: fx.GraphModule, example_inputs: Sequence[Any], **settings: Any) -> Callable[..., Any]:
+    """The backend that `torch.compile(model, backend="qcompile")` calls, once per graph.
+
+    Args:
+        gm: Dynamo's graph; it is copied, never edited.
+        example_inputs: one value per placeholder; parameters are the real ones.
+        settings: `options` and `mode` as `torch.compile` passes them, or single options as keywords.
+
+    Returns:
+        A callable with the graph's calling convention.
+
+    The callable raises `QCError` for an option, a recipe, a weight or (with `strict`) a site that cannot be quantized.
+    """
+    try:
+        return compile_graph(gm, example_inputs, Options.parse(**settings))
+    except QCError as error:
+        return _raiser(error)
+
+
+def _raiser(error: QCError) -> Callable[..., Any]:
+    """Raise on the first call of the graph (the very call being compiled): Dynamo wraps what a backend raises in an
+    exception of its own, and users should be able to catch ours."""
+
+    def fail(*_: Any) -> Any:
+        raise error.with_traceback(None)
+
+    return fail
+
+
+def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+    """`qcompile` with checked options."""
+    recipe, trace = Recipe.of(options.recipe), _TRACE.get()
+    passes: list[Any] = options.passes.apply(DEFAULT_PASSES)
+    work = compat.clone_graph(gm)
+    names = [node.name for node in work.graph.nodes if node.op == "placeholder"]
+    compiler = compat.cpp_compiler()
+    ctx = PassContext(
+        options=options,
+        recipe=recipe,
+        plan=Plan(),
+        store=STORE,
+        inputs=dict(zip(names, inputs, strict=True)),
+        kernel=_ask_lowerings if compiler else _no_compiler,
+        training=torch.is_grad_enabled(),
+    )
+    PassManager(_stage(passes, "dynamo")).run(work, ctx, _dump(options, "dynamo"))
+    if trace is not None:
+        trace.contexts.append(ctx)
+    warn_notes(ctx)
+
+    kept = [n for n in work.graph.nodes if n.op == "placeholder" and n.name in ctx.inputs]
+    packed = [n for n in work.graph.nodes if n.op == "placeholder" and n.name not in ctx.inputs]
+    if compiler is None or (trace is not None and trace.only_plan):
+        if compiler is None:
+            _warn_no_compiler()
+        compiled: Callable[..., Any] = work.forward
+    else:
+        inductor.install()
+        inner = compat.inner_compile()
+        for item in reversed(_stage(passes, "compile")):
+            inner = item.wrap(inner, ctx)
+        values = [*(compat.compile_example(n.meta["example_value"]) for n in packed), *(ctx.inputs[n.name] for n in kept)]
+        config = {**options.inductor, **compat.Fingerprint.patch(fingerprint(passes, ctx))}
+        compiled = compat.compile_fx(work, values, inner_compile=_post(passes, inner, ctx), config=config)
+    if not packed and len(kept) == len(names):
+        return compiled
+    position = {name: index for index, name in enumerate(names)}
+    inputs_by_name = {item.name: item for item in ctx.packed}
+    slots = [
+        Slot(item.entry, item.part, tuple(position[name] for name in item.roots))
+        for item in (inputs_by_name[n.name] for n in packed)
+    ]
+    return FrozenCall(compiled, slots, [position[n.name] for n in kept], STORE)
+
+
+def fingerprint(passes: Sequence[Pass], ctx: PassContext) -> str:
+    """Everything that decides which code a graph becomes, for Inductor's cache keys."""
+    parts = [
+        package_hash(),
+        *(f"{item.name}:{item.fingerprint()}" for item in passes),
+        ctx.recipe.fingerprint(),
+        ctx.options.fingerprint(),
+        detect_isa(),
+        compat.cpp_compiler() or "",
+        platform.processor(),
+    ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+@lru_cache(maxsize=1)
+def package_hash() -> str:
+    """Hash of this package's own sources: a development tree changes more often than its version."""
+    root, digest = Path(__file__).parent, hashlib.sha256()
+    folders = {path.resolve() for path in (root, root / "passes", root / "codegen")}
+    for file in sorted(f for folder in folders for f in folder.rglob("*") if f.suffix in (".py", ".h", ".json")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _stage(passes: Sequence[Pass], stage: Stage) -> list[Pass]:
+    return [item for item in passes if item.stage == stage]
+
+
+def _post(passes: Sequence[Pass], inner: Callable[..., Any], ctx: PassContext) -> Callable[..., Any]:
+    """Inductor's inner compile with our late passes in front, for inference graphs."""
+    manager, dump = PassManager(_stage(passes, "post")), _dump(ctx.options, "post")
+
+    def compile_inner(gm: fx.GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
+        if settings.get("is_inference"):
+            manager.run(gm, ctx, dump)
+        return inner(gm, inputs, **settings)
+
+    return compile_inner
+
+
+def _dump(options: Options, stage: str) -> Path | None:
+    """The next free numbered folder for one graph's passes."""
+    if options.dump is None:
+        return None
+    number = len(list(options.dump.glob(f"*_{stage}"))) if options.dump.exists() else 0
+    return options.dump / f"{number:02d}_{stage}"
+
+
+def _ask_lowerings(spec: MatmulSpec, device: torch.device, dtype: torch.dtype, rows: int | None) -> Kernel:
+    verdict = inductor.verdict(spec, device, dtype)
+    return Kernel(f"{device.type}-{detect_isa()}" if verdict.ok else "", verdict.reason)
+
+
+def _no_compiler(spec: MatmulSpec, device: torch.device, dtype: torch.dtype, rows: int | None) -> Kernel:
+    return Kernel("reference", "no C++ compiler")
+
+
+@lru_cache(maxsize=1)
+def _warn_no_compiler() -> None:
+    warnings.warn(
+        "no C++ compiler was found: the model runs with the plain-torch reference operators, which is correct and "
+        "slow. Install g++ or clang (or set CXX); `qcompile doctor` checks it.",
+        QCWarning,
+        stacklevel=2,
+    )

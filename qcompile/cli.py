@@ -1,0 +1,156 @@
+"""The command line: `qcompile doctor | explain | demo | bench`.
+
+The commands parse, call and print; what they do lives in the modules they call, which are imported when a
+command runs, so that `--help` answers at once and `doctor` can speak on a machine where the rest does not
+import.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+app = typer.Typer(
+    name="qcompile",
+    help="A low-bit backend for torch.compile.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_out = Console()
+_err = Console(stderr=True)
+
+
+def main() -> None:
+    """Entry point of the console script: an error of ours is a message, not a traceback."""
+    from qcompile.errors import QCError
+
+    try:
+        app()
+    except QCError as error:
+        _err.print(Text(str(error), style="red"))
+        sys.exit(1)
+
+
+# --------------------------------------------------------------------------------------------------- commands
+@app.command()
+def doctor() -> None:
+    """Check this machine: Python, torch, compiler, caches, packages; 1 when an essential is missing."""
+    from qcompile.doctor import examine
+
+    table = Table("check", "found", "", title="qcompile doctor", title_justify="left")
+    findings = []
+    with _out.status("looking at this machine ..."):
+        for finding in examine():
+            findings.append(finding)
+            bad = ("MISSING", "bold red") if finding.check.essential else ("-", "yellow")
+            table.add_row(finding.check.name, finding.found, Text(*(("ok", "green") if finding.ok else bad)))
+    _out.print(table)
+    failed = [finding.check for finding in findings if not finding.ok]
+    for check in failed:
+        _out.print(Text.assemble((check.name, "bold"), ": ", check.fix), soft_wrap=True)
+    if any(check.essential for check in failed):
+        raise typer.Exit(1)
+    _out.print("ready")
+
+
+@app.command()
+def explain(
+    target: Annotated[str, typer.Argument(help="module.path:callable that returns (model, args)")],
+    recipe: Annotated[str, typer.Option(help="preset, scheme or JSON file")] = "auto",
+) -> None:
+    """Print what the backend does with every matmul of a model, and why."""
+    model, args = _load(target)()
+    from qcompile import api
+
+    _out.print(api.explain(model, *args, recipe=recipe))
+
+
+@app.command()
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="fewer tokens and rounds")] = False,
+    out: Annotated[Path, typer.Option(help="folder for the table, the chart and the JSON file")] = Path(
+        "demo-results"
+    ),
+) -> None:
+    """Quantize a small language model in every way and measure quality, speed and size against float."""
+    from qcompile.demo import run
+
+    run(quick=quick, out=out)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(
+    context: typer.Context,
+    name: Annotated[
+        str, typer.Argument(help="a script of bench/, such as kernels/gemv; nothing: list them")
+    ] = "",
+) -> None:
+    """Run a benchmark of a source checkout; further arguments go to it."""
+    folder = _bench_folder()
+    scripts = {
+        str(path.relative_to(folder).with_suffix("")): path
+        for path in sorted(folder.rglob("*.py"))
+        if not path.name.startswith("_")
+    }
+    if not name:
+        for known in scripts:
+            _out.print(known)
+        return
+    if name not in scripts:
+        from qcompile.errors import QCError, suggest
+
+        raise QCError(
+            "cli.bench",
+            f"there is no benchmark {name!r}{suggest(name, list(scripts))}",
+            where=str(folder),
+            next="`qcompile bench` lists them",
+        )
+    raise typer.Exit(subprocess.run([sys.executable, scripts[name], *context.args], check=False).returncode)
+
+
+# ---------------------------------------------------------------------------------------------------- details
+def _load(target: str) -> Any:
+    from qcompile.errors import QCError
+
+    module, _, name = target.partition(":")
+    sys.path.insert(0, os.getcwd())  # as `python -m` does: a target may lie in the working folder
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise QCError(
+            "cli.target",
+            f"cannot load {target!r}",
+            where="qcompile explain",
+            why=str(error),
+            next="name it as package.module:function, where the function returns (model, args)",
+        ) from error
+
+
+def _bench_folder() -> Path:
+    from qcompile.errors import QCError
+
+    for start in (Path.cwd(), Path(__file__).resolve().parent):
+        for folder in (start, *start.parents):
+            if (folder / "bench").is_dir() and (folder / "pyproject.toml").is_file():
+                return folder / "bench"
+    raise QCError(
+        "cli.bench",
+        "there is no folder bench/ here",
+        where=str(Path.cwd()),
+        why="benchmarks belong to the source checkout and are not installed",
+        next="run this inside a checkout",
+    )
+
+
+if __name__ == "__main__":
+    main()

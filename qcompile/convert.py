@@ -1,0 +1,215 @@
+"""Give the float weights up: packed weights as ordinary module state.
+
+`convert` replaces each planned weight by a parametrization that decodes plain integer buffers.  No tensor subclass and no
+module class is swapped, so every module with a weight parameter works, `state_dict()` holds plain tensors, eager mode and
+any other backend run it (decoding on every call), and under `backend="qcompile"` decode + matmul become one kernel on the
+packed bytes.  This, and not the one-liner, is what frees memory.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+import qcompile.ir.ops  # noqa: F401  (registers the operators)
+from qcompile import compat
+from qcompile.errors import QCError
+from qcompile.ir.codec import quantize
+from qcompile.ir.scheme import Scheme
+from qcompile.passes.detect.sites import is_head
+from qcompile.plan.recipe import Recipe
+from qcompile.plan.site import Site
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class PackedWeight(nn.Module):
+    """The parametrization: `decode(parts)`, seen as the module's `weight`.
+
+    Attributes:
+        scheme: canonical spelling.
+        n: rows of the packed matrix (output features).
+        k: its columns (input features).
+        dtype: dtype of the weight it stands for.
+        transposed: the module keeps its weight as `[k, n]` (HF `Conv1D`).
+        shape: shape of the module's weight; more than two dimensions flatten to `[n, k]`.
+    """
+
+    def __init__(self, scheme: str, n: int, k: int, dtype: torch.dtype, transposed: bool = False) -> None:
+        super().__init__()
+        self.scheme, self.n, self.k, self.dtype, self.transposed = scheme, n, k, dtype, transposed
+        self._given: list[torch.Tensor] | None = None
+
+    def give(self, parts: Sequence[torch.Tensor]) -> None:
+        """Parts that the next `right_inverse` returns instead of encoding."""
+        self._given = list(parts)
+
+    def forward(self, *parts: torch.Tensor) -> torch.Tensor:
+        weight: torch.Tensor = torch.ops.qcompile.decode(list(parts), self.scheme, self.n, self.k, self.dtype)
+        return weight.t() if self.transposed else weight
+
+    def right_inverse(self, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Assigning `module.weight = w` encodes `w`. Raises `QCError` for NaN or Inf."""
+        given, self._given = self._given, None
+        if given is None:
+            given = quantize(weight.t() if self.transposed else weight, Scheme.parse(self.scheme))
+        return tuple(given)
+
+    def extra_repr(self) -> str:
+        return f"{self.scheme}, n={self.n}, k={self.k}, {self.dtype}" + (", transposed" if self.transposed else "")
+
+
+@dataclass(frozen=True)
+class Converted:
+    """One converted weight: module path, what it became, bytes before and after (0 when shared with another)."""
+
+    path: str
+    scheme: str
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert` did.
+
+    Attributes:
+        weights: converted weights.
+        kept: weights of matching modules that stayed float, with the reason.
+    """
+
+    weights: tuple[Converted, ...]
+    kept: tuple[tuple[str, str], ...]
+
+    @property
+    def bytes_before(self) -> int:
+        return sum(item.bytes_before for item in self.weights)
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(item.bytes_after for item in self.weights)
+
+
+@dataclass(frozen=True)
+class _Owner:
+    """A module that holds a weight; a tied weight has several."""
+
+    module: nn.Module
+    path: str
+    n: int
+    k: int
+    transposed: bool
+    refused: str
+
+
+def convert(model: nn.Module, recipe: Any = "auto", *, strict: bool = False) -> Conversion:
+    """Replace float weights by packed ones, in place.
+
+    Args:
+        model: any module; its `nn.Linear`, `nn.Embedding` and HF `Conv1D` weights are candidates. Tied weights share one
+            packed copy.
+        recipe: preset, scheme, `Recipe` or JSON file. Activation schemes do not concern stored weights: give the recipe
+            to the backend as well (`options={"recipe": ...}`).
+        strict: raise instead of keeping a candidate float.
+
+    Returns:
+        What was converted and what was kept, with reasons.
+
+    Raises:
+        QCError: "convert.strict", or the codec's error for a weight holding NaN or Inf, naming the module.
+    """
+    rules, done, kept = Recipe.of(recipe), [], []
+    groups = _owners_by_weight(model)
+    while groups:
+        # The weight leaves the list before it is packed: the peak is one float weight, not the model's.
+        weight, owners = groups.pop(0)
+        first = owners[0]
+        refused = next((owner.refused for owner in owners if owner.refused), "")
+        choice = rules.resolve(_site(weight, owners), lambda: _rows(weight, first)) if not refused else None  # noqa: B023
+        if choice is None or choice.weight is None:
+            reason = refused or (choice.reason if choice else "")
+            kept += [(owner.path, reason) for owner in owners]
+            if strict and refused:
+                raise QCError("convert.strict", "weight cannot be converted", where=first.path, why=reason)
+            continue
+        try:
+            parts = quantize(_rows(weight, first), choice.weight)
+        except QCError as error:
+            raise error.at(first.path) from error
+        before = weight.numel() * weight.element_size()
+        for owner in owners:
+            attach(owner.module, PackedWeight(str(choice.weight), owner.n, owner.k, weight.dtype, owner.transposed), parts)
+        done.append(Converted(first.path, str(choice.weight), before, sum(p.numel() * p.element_size() for p in parts)))
+        done += [Converted(owner.path, str(choice.weight), 0, 0) for owner in owners[1:]]
+        del weight, owners, first
+    gc.collect()
+    compat.trim_memory()
+    return Conversion(tuple(done), tuple(kept))
+
+
+def attach(module: nn.Module, packed: PackedWeight, parts: Sequence[torch.Tensor], name: str = "weight") -> None:
+    """Make `parts` the module's weight. Tied modules are given the very same tensors."""
+    weight = getattr(module, name)
+    weight.requires_grad_(False)  # integer parameters cannot require grad
+    packed.give(parts)
+    parametrize.register_parametrization(module, name, packed, unsafe=True)
+    originals = module.parametrizations[name]  # type: ignore[index]
+    for index, part in enumerate(parts):
+        # Plain buffers: an optimizer over model.parameters() must not meet integer tensors.
+        delattr(originals, f"original{index}")
+        originals.register_buffer(f"original{index}", part)
+
+
+def packed_weights(model: nn.Module) -> list[tuple[str, nn.Module, PackedWeight]]:
+    """Every packed weight: (path of its module, the module, the parametrization)."""
+    found = []
+    for path, module in model.named_modules():
+        for weights in getattr(module, "parametrizations", {}).values():
+            found += [(path, module, item) for item in weights if isinstance(item, PackedWeight)]
+    return found
+
+
+def _owners_by_weight(model: nn.Module) -> list[tuple[torch.Tensor, list[_Owner]]]:
+    groups: dict[int, tuple[torch.Tensor, list[_Owner]]] = {}
+    for path, module in model.named_modules(remove_duplicate=True):
+        weight = module._parameters.get("weight")
+        # HF's Conv1D is a linear that keeps [k, n]; it is known by its shape contract, not by importing transformers.
+        transposed = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+        if weight is None or not (isinstance(module, (nn.Linear, nn.Embedding)) or transposed):
+            continue
+        refused = ""
+        if weight.dim() != 2 or 0 in weight.shape:
+            refused = f"shape {tuple(weight.shape)} is not a non-empty matrix"
+        elif weight.dtype not in FLOATS:
+            refused = f"dtype {weight.dtype}"
+        elif weight.is_meta:
+            refused = "the weight is on the meta device: use qcompile.load"
+        elif isinstance(module, nn.Embedding) and module.max_norm is not None:
+            refused = "max_norm renormalizes the table in place on every call"
+        n, k = (int(weight.shape[1]), int(weight.shape[0])) if transposed else (int(weight.shape[0]), int(weight.shape[-1]))
+        owner = _Owner(module, f"{path}.weight" if path else "weight", n, k, transposed, refused)
+        groups.setdefault(id(weight), (weight, []))[1].append(owner)
+    return list(groups.values())
+
+
+def _rows(weight: torch.Tensor, owner: _Owner) -> torch.Tensor:
+    return weight.detach().t() if owner.transposed else weight.detach()
+
+
+def _site(weight: torch.Tensor, owners: Sequence[_Owner]) -> Site:
+    """The site that the backend would see; a table that is also multiplied with follows the head's rule."""
+    first = owners[0]
+    looked_up = any(isinstance(owner.module, nn.Embedding) for owner in owners)
+    multiplied = any(not isinstance(owner.module, nn.Embedding) for owner in owners)
+    kind = "linear"
+    if multiplied and (looked_up or is_head(first.n, first.k)):
+        kind = "head"
+    elif looked_up:
+        kind = "embedding"
+    return Site(0, kind, first.path, "", first.n, first.k, None, 0, "", str(weight.dtype).removeprefix("torch."))

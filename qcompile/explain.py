@@ -1,0 +1,190 @@
+"""The ledger: what happens to every contraction of a model, and why.
+
+`explain` traces a model exactly as the backend would, graph breaks included, without generating code, and collects each
+graph's plan.  Bytes are what the packed-weight store really holds; nothing is estimated that can be counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from qcompile import compat
+from qcompile.backend import compile_graph, watching
+from qcompile.options import Options
+from qcompile.passes.base import PassContext
+from qcompile.plan.plan import Decision
+
+
+@dataclass(frozen=True)
+class Row:
+    """One site of the ledger.
+
+    Attributes:
+        graph: number of the graph (0 unless the model has graph breaks).
+        kind: linear, head, embedding, bmm, conv or attention.
+        path: module path of the weight.
+        source: the user's "file.py:line".
+        shape: `(m, n, k)` of the contraction; `m` is `None` when symbolic, n and k are 0 without a weight.
+        scheme: "weight scheme" or "weight scheme x activation scheme", "float" when not quantized.
+        kernel: the lowering.
+        flops: of the example input.
+        bytes_before: float bytes of the weight; 0 on rows that share another row's weight.
+        bytes_after: bytes the store holds for it; 0 likewise.
+        sqnr: weight signal-to-noise ratio in dB; `None` for float sites.
+        reason: why it stays float, or a remark.
+    """
+
+    graph: int
+    kind: str
+    path: str
+    source: str
+    shape: tuple[int | None, int, int]
+    scheme: str
+    kernel: str
+    flops: int
+    bytes_before: int
+    bytes_after: int
+    sqnr: float | None
+    reason: str
+
+    @property
+    def quantized(self) -> bool:
+        return self.scheme != "float"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` returns; `print()` it, or read `.rows`.
+
+    Attributes:
+        rows: every site of every graph.
+        coverage: share of contraction FLOPs that run quantized, over all graphs (1.0 without contractions).
+        graphs: number of graphs (more than one means graph breaks).
+        unused_rules: rules of the recipe that matched no site of any graph.
+    """
+
+    rows: tuple[Row, ...]
+    coverage: float
+    graphs: int
+    recipe: str
+    unused_rules: tuple[str, ...]
+
+    @property
+    def bytes_before(self) -> int:
+        return sum(row.bytes_before for row in self.rows)
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(row.bytes_after for row in self.rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __rich__(self) -> Table:
+        title = (
+            f"recipe {self.recipe}: {self.coverage:.1%} of contraction FLOPs quantized, "
+            f"{self.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB, {self.graphs} graph(s)"
+        )
+        table = Table(title=title, title_justify="left")
+        for name in ("site", "m x n x k", "scheme", "kernel", "MB", "SQNR dB", "source", "reason"):
+            table.add_column(name, overflow="fold", justify="right" if name in ("MB", "SQNR dB") else "left")
+        for row in self.rows:
+            m, n, k = row.shape
+            size = f"{'?' if m is None else m} x {n} x {k}" if n else ""
+            sqnr = "" if row.sqnr is None else "exact" if math.isinf(row.sqnr) else f"{row.sqnr:.1f}"
+            weight = f"{row.bytes_before / 1e6:.2f} -> {row.bytes_after / 1e6:.2f}" if row.bytes_after else ""
+            table.add_row(
+                row.path or row.kind, size, row.scheme, row.kernel, weight, sqnr, row.source, row.reason,
+                style="" if row.quantized else "yellow",
+            )  # fmt: skip
+        for rule in self.unused_rules:
+            table.add_row("(unused rule)", "", "", "", "", "", "", rule, style="red")
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=200)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+
+def explain(
+    model: Callable[..., Any], *args: Any, recipe: Any = "auto", options: Any = None, **kwargs: Any
+) -> Explanation:
+    """Plan a model on example inputs and report every site.
+
+    Args:
+        model: a module or function; called once under `torch.no_grad()`.
+        args: its positional inputs.
+        recipe: preset, scheme, `Recipe` or JSON file.
+        options: further backend options.
+        kwargs: its keyword inputs.
+
+    Raises:
+        QCError: what the backend would raise for these inputs.
+    """
+    settings = Options.parse(options, recipe=recipe)
+    with watching(only_plan=True) as trace:
+
+        def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+            return compile_graph(gm, inputs, settings)
+
+        target = compat.uncompiled(model)
+        with torch.no_grad():
+            torch.compile(target, backend=backend)(*args, **kwargs)
+    return summarize(trace.contexts)
+
+
+def summarize(contexts: list[PassContext]) -> Explanation:
+    """The explanation of a list of compiled graphs."""
+    rows: list[Row] = []
+    counted: set[int] = set()
+    for number, ctx in enumerate(contexts):
+        for decision in ctx.plan:
+            entry = decision.entry
+            fresh = entry is None or id(entry) not in counted
+            if entry is not None:
+                counted.add(id(entry))
+            rows.append(_row(number, decision, fresh, ctx))
+    flops = sum(row.flops for row in rows)
+    coverage = sum(row.flops for row in rows if row.quantized) / flops if flops else 1.0
+    unused = _unused(contexts)
+    name = contexts[0].recipe.name if contexts else ""
+    return Explanation(tuple(rows), coverage, len(contexts), name, unused)
+
+
+def _row(graph: int, decision: Decision, fresh: bool, ctx: PassContext) -> Row:
+    site = decision.site
+    scheme = "float"
+    if decision.weight is not None:
+        scheme = str(decision.weight) + (f" x {decision.act}" if decision.act else "")
+    return Row(
+        graph,
+        site.kind,
+        site.path,
+        site.source,
+        (site.m, site.n, site.k),
+        scheme,
+        decision.kernel,
+        site.flops,
+        decision.bytes_before if fresh else 0,
+        decision.bytes_after if fresh else 0,
+        decision.entry.sqnr_db() if decision.entry is not None else None,
+        decision.reason,
+    )
+
+
+def _unused(contexts: list[PassContext]) -> tuple[str, ...]:
+    """Rules that matched in no graph."""
+    everywhere = None
+    for ctx in contexts:
+        here = {str(rule.to_json()) for rule in ctx.plan.unused_rules}
+        everywhere = here if everywhere is None else everywhere & here
+    return tuple(sorted(everywhere or ()))

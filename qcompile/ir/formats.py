@@ -1,0 +1,293 @@
+"""Number formats as data.
+
+A format says what one low-bit element means: the value of each bit pattern and nothing else. Everything that
+encodes, decodes, packs or generates a kernel reads these fields, so that adding a format is adding one entry
+to `FORMATS`. The same holds for the formats a *scale* is stored in (`SCALE_FORMATS`).
+
+Sources: OCP 8-bit Floating Point Specification (e4m3, e5m2); OCP Microscaling Formats (e3m2, e2m3, e2m1,
+e8m0); the QLoRA paper, arXiv 2305.14314 (nf4).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qcompile.errors import QCError, suggest
+
+Kind = Literal["int", "float", "table"]
+NonFinite = Literal["none", "nan", "ieee"]
+Statistic = Literal["absmax", "mean"]
+
+_NF4 = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+
+
+@dataclass(frozen=True)
+class Format:
+    """One low-bit element. A *code* is an unsigned integer `0 .. 2**bits - 1`, held in uint8.
+
+    Attributes:
+        name: spelling in a scheme.
+        kind: `int` (value = code - offset), `float` (the code is the bit pattern), `table` (value =
+            table[code]).
+        bits: width of a code, 1 to 8.
+        signed: whether negative values exist.
+        exponent, mantissa: field widths of a `float` format; the bias is `2**(exponent-1) - 1`.
+        table: values of codes 0, 1, ... of a `table` format, strictly ascending; codes beyond the table are
+            never produced and decode to 0.
+        nonfinite: `none`; `nan` (the all-ones magnitude is NaN, no infinity); `ieee` (the top exponent).
+        statistic: how a scale is chosen: `absmax` (the largest value meets the largest level) or `mean` of
+            |x|.
+    """
+
+    name: str
+    kind: Kind
+    bits: int
+    signed: bool = True
+    exponent: int = 0
+    mantissa: int = 0
+    table: tuple[float, ...] = ()
+    nonfinite: NonFinite = "none"
+    statistic: Statistic = "absmax"
+
+    @staticmethod
+    def of(name: str) -> Format:
+        """Return the format called `name`; raises QCError `format.unknown` with a suggestion."""
+        found = FORMATS.get(name)
+        if found is None:
+            raise QCError(
+                "format.unknown",
+                f"unknown format {name!r}{suggest(name, FORMATS)}",
+                next="known formats: " + " ".join(FORMATS),
+            )
+        return found
+
+    @cached_property
+    def values(self) -> tuple[float, ...]:
+        """Value of every code, as Python floats (exact: each is a float32 number)."""
+        # Python floats, not a cached tensor: one first made under fake mode would be fake for ever.
+        if self.kind == "int":
+            return tuple(float(code - self.offset) for code in range(1 << self.bits))
+        if self.kind == "float":
+            return tuple(self._float_value(code) for code in range(1 << self.bits))
+        return self.table + (0.0,) * ((1 << self.bits) - len(self.table))
+
+    def _float_value(self, code: int) -> float:
+        magnitude = code & ((1 << (self.exponent + self.mantissa)) - 1)
+        sign = -1.0 if code != magnitude else 1.0
+        field, fraction = magnitude >> self.mantissa, magnitude & ((1 << self.mantissa) - 1)
+        top = (1 << self.exponent) - 1
+        if self.nonfinite == "nan" and magnitude == (1 << (self.exponent + self.mantissa)) - 1:
+            return math.nan
+        if self.nonfinite == "ieee" and field == top:
+            return math.nan if fraction else sign * math.inf
+        hidden = 1 if field else 0  # a zero field is subnormal: no hidden bit, the exponent of field 1
+        scale = max(field, 1) - self.bias - self.mantissa
+        return sign * math.ldexp(fraction + (hidden << self.mantissa), scale)
+
+    def levels(self, device: torch.device | str | None = None) -> Tensor:
+        """Return float32 `[2**bits]`: the value of each code (NaN or infinity where the format has them)."""
+        return torch.tensor(self.values, dtype=torch.float32, device=device)
+
+    @cached_property
+    def max(self) -> float:
+        """Largest finite value."""
+        return max(v for v in self.values if math.isfinite(v))
+
+    @cached_property
+    def min(self) -> float:
+        """Smallest finite value (for intN this is -2**(N-1), which symmetric encoding leaves unused: see
+        `low`).
+        """
+        return min(v for v in self.values if math.isfinite(v))
+
+    @cached_property
+    def low(self) -> float:
+        """Smallest value `encode` produces: -max for signed integers, so that zero is the middle; else
+        `min`.
+        """
+        return -self.max if self.kind == "int" and self.signed else self.min
+
+    @property
+    def bias(self) -> int:
+        """Exponent bias of a `float` format."""
+        return (1 << (self.exponent - 1)) - 1
+
+    @property
+    def emax(self) -> int:
+        """floor(log2(max)): the exponent of the largest value, as the OCP MX scale rule uses it."""
+        return math.frexp(self.max)[1] - 1
+
+    @property
+    def emin(self) -> int:
+        """Exponent of the smallest normal number of a `float` format."""
+        return 1 - self.bias
+
+    @property
+    def offset(self) -> int:
+        """`o` with value = code - o for every code `encode` produces: int, uint and ternary formats.
+
+        Raises:
+            QCError `format.no-offset` for a format whose values are not consecutive integers.
+        """
+        if self.kind == "int":
+            return 1 << (self.bits - 1) if self.signed else 0
+        if self.kind == "table" and all(v == self.table[0] + i for i, v in enumerate(self.table)):
+            return -int(self.table[0])
+        raise QCError(
+            "format.no-offset",
+            f"values of {self.name} are not consecutive integers",
+            next="look the value up in levels()",
+        )
+
+    @cached_property
+    def is_integer(self) -> bool:
+        """Whether every value is an integer that fits int8 arithmetic: int, uint, ternary and binary."""
+        return self.kind != "float" and all(v == int(v) for v in self.values)
+
+    @cached_property
+    def zero_code(self) -> int:
+        """Code of the value nearest to 0 (binary has no zero: the code of +1, as sign(0) = +1)."""
+        return min(
+            range(len(self.values)), key=lambda c: (abs(self.values[c]), -self.values[c], c), default=0
+        )
+
+    @property
+    def planes(self) -> tuple[int, ...]:
+        """Power-of-two plane widths, descending: 6 -> (4, 2). The first plane holds the low bits."""
+        return bit_planes(self.bits)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def bit_planes(bits: int) -> tuple[int, ...]:
+    """Split a code width of 1..8 bits into descending powers of two; raises QCError `format.width`."""
+    if not 1 <= bits <= 8:
+        raise QCError("format.width", f"a code has 1 to 8 bits, not {bits}")
+    return tuple(width for width in (8, 4, 2, 1) if bits & width)
+
+
+@dataclass(frozen=True)
+class ScaleFormat:
+    """How a scale is stored.
+
+    Attributes:
+        name: spelling in a scheme.
+        dtype: storage dtype. Codes of a float live in an integer dtype, never in a float one.
+        kind: `float` (stored as it is), `exponent` (a power of two), `element` (codes of a `Format`).
+        low, high: smallest and largest scale that is ever chosen; a scale is clamped to them. `low` is a
+            normal float32 number, so that a machine which flushes subnormals computes the same.
+        pad: stored value used where a layout pads.
+        bias: `exponent` kind: stored = exponent + bias.
+        nan: `exponent` kind: the stored value that means NaN.
+        inner: needs an outer scale around it, as its range is too small to stand alone.
+        outer: can stand alone or around an inner scale.
+        minimum: can also hold a signed minimum (`+m`).
+    """
+
+    name: str
+    dtype: torch.dtype
+    kind: Literal["float", "exponent", "element"]
+    low: float
+    high: float
+    pad: int = 0
+    bias: int = 0
+    nan: int = 0
+    inner: bool = False
+    outer: bool = True
+    minimum: bool = False
+
+    @staticmethod
+    def of(name: str) -> ScaleFormat:
+        """Return the scale format called `name`; raises QCError `scale.unknown` with a suggestion."""
+        found = SCALE_FORMATS.get(name)
+        if found is None:
+            raise QCError(
+                "scale.unknown",
+                f"unknown scale format {name!r}{suggest(name, SCALE_FORMATS)}",
+                next="known scale formats: " + " ".join(SCALE_FORMATS),
+            )
+        return found
+
+    @property
+    def bits(self) -> int:
+        """Stored width in bits."""
+        return self.dtype.itemsize * 8
+
+    @cached_property
+    def values(self) -> tuple[float, ...]:
+        """Value by stored byte (0..255, signed storage read as unsigned) of an `exponent` or `element`
+        scale.
+        """
+        if self.kind == "element":
+            element = FORMATS[self.name]
+            if element.kind == "float":
+                return element.values
+            return tuple(float(_signed(byte)) for byte in range(256))
+        stored = range(256) if self.dtype == torch.uint8 else [_signed(byte) for byte in range(256)]
+        return tuple(math.nan if v == self.nan else math.ldexp(1.0, v - self.bias) for v in stored)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _signed(byte: int) -> int:
+    return byte - 256 if byte > 127 else byte
+
+
+def _table() -> dict[str, Format]:
+    formats = [Format(f"int{bits}", "int", bits) for bits in range(2, 9)]
+    formats += [Format(f"uint{bits}", "int", bits, signed=False) for bits in range(2, 9)]
+    formats += [
+        Format("e4m3", "float", 8, exponent=4, mantissa=3, nonfinite="nan"),
+        Format("e5m2", "float", 8, exponent=5, mantissa=2, nonfinite="ieee"),
+        Format("e3m2", "float", 6, exponent=3, mantissa=2),
+        Format("e2m3", "float", 6, exponent=2, mantissa=3),
+        Format("e2m1", "float", 4, exponent=2, mantissa=1),
+        Format("nf4", "table", 4, table=_NF4),
+        Format("ternary", "table", 2, table=(-1.0, 0.0, 1.0), statistic="mean"),
+        Format("binary", "table", 1, table=(-1.0, 1.0), statistic="mean"),
+    ]
+    return {fmt.name: fmt for fmt in formats}
+
+
+FORMATS: dict[str, Format] = _table()
+
+_TINY = 2.0**-126  # smallest normal float32: below it division and kernels that flush subnormals go wrong
+
+SCALE_FORMATS: dict[str, ScaleFormat] = {
+    s.name: s
+    for s in (
+        ScaleFormat("fp32", torch.float32, "float", _TINY, torch.finfo(torch.float32).max, minimum=True),
+        # 2**-24 is the smallest positive half; as float32 it is a normal number
+        ScaleFormat("fp16", torch.float16, "float", 2.0**-24, torch.finfo(torch.float16).max, minimum=True),
+        ScaleFormat("bf16", torch.bfloat16, "float", _TINY, torch.finfo(torch.bfloat16).max, minimum=True),
+        ScaleFormat("e8m0", torch.uint8, "exponent", _TINY, 2.0**127, pad=127, bias=127, nan=255),
+        ScaleFormat("pow2", torch.int8, "exponent", _TINY, 2.0**127, nan=-128, inner=True),
+        ScaleFormat("e4m3", torch.uint8, "element", 2.0**-9, 448.0, inner=True, outer=False),
+        ScaleFormat("int8", torch.int8, "element", 1.0, 127.0, inner=True, outer=False),
+    )
+}

@@ -1,0 +1,260 @@
+"""The low-bit matmul as data: one spelling shared by graph passes, the reference and every kernel.
+
+`qmm` is the border between `passes` and `codegen`.  Its last argument is the canonical string of a `MatmulSpec`, so an
+FX graph prints what it computes, caches key on it, and a kernel author needs nothing else.  The epilogue is a small
+Python expression over the accumulator; this module parses it once into an `ast` tree that the reference evaluates with
+torch and that kernel generators translate.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from qcompile.errors import QCError
+from qcompile.ir.codec import dequantize
+from qcompile.ir.scheme import PerToken, Scheme
+
+EPILOGUE_FUNCTIONS: Mapping[str, Callable[..., torch.Tensor]] = {
+    "exp": torch.exp,
+    "log": torch.log,
+    "tanh": torch.tanh,
+    "erf": torch.erf,
+    "sigmoid": torch.sigmoid,
+    "relu": torch.relu,
+    "silu": torch.nn.functional.silu,
+    "abs": torch.abs,
+    "sqrt": torch.sqrt,
+    "rsqrt": torch.rsqrt,
+    "maximum": torch.maximum,
+    "minimum": torch.minimum,
+}
+EXTRA_KINDS = ("row", "mat")
+OUT_DTYPES: Mapping[str, torch.dtype] = {
+    "f32": torch.float32,
+    "bf16": torch.bfloat16,
+    "f16": torch.float16,
+}
+DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in OUT_DTYPES.items()}
+_OPERATORS: Mapping[type[ast.operator], Callable[..., torch.Tensor]] = {
+    ast.Add: torch.add,
+    ast.Sub: torch.sub,
+    ast.Mult: torch.mul,
+    ast.Div: torch.div,
+}
+
+
+@dataclass(frozen=True)
+class MatmulSpec:
+    """What one `qmm` computes, apart from tensors.
+
+    Attributes:
+        weight: scheme of every segment's weight, each logically `[n_i, k]`.
+        n: output features of each segment (one segment per merged weight), so `sum(n)` columns before the epilogue.
+        k: input features.
+        act: scheme of the activation (`None`: used exactly).
+        epilogue: "" or an expression over `acc` (all columns), or over `a0, a1` (a *pair*: both segments have equal
+            `n`, and the result has `n` columns), and `e0, e1, ...`.
+        extras: kind of each extra operand: "row" is a vector over the columns, "mat" has the output's shape.
+        out: name of the output dtype, "" for the dtype of x.
+    """
+
+    weight: Scheme
+    n: tuple[int, ...]
+    k: int
+    act: Scheme | None = None
+    epilogue: str = ""
+    extras: tuple[str, ...] = ()
+    out: str = ""
+
+    def __post_init__(self) -> None:
+        bad = [kind for kind in self.extras if kind not in EXTRA_KINDS]
+        if not self.n or min(self.n) < 1 or self.k < 1 or bad or (self.out and self.out not in OUT_DTYPES):
+            raise QCError(
+                "matmul.spec",
+                f"not a matmul: n={self.n} k={self.k} extras={self.extras} out={self.out!r}",
+                next="sizes are positive, extras are 'row' or 'mat', out is f32, bf16 or f16",
+            )
+        names = epilogue_names(self.epilogue)
+        allowed = {"acc", *(f"a{i}" for i in range(len(self.n))), *(f"e{i}" for i in range(len(self.extras)))}
+        if names - allowed:
+            raise QCError(
+                "matmul.epilogue",
+                f"unknown name(s) {sorted(names - allowed)} in epilogue {self.epilogue!r}",
+                next=f"use {sorted(allowed)}",
+            )
+        if self.paired and (len(set(self.n)) != 1 or "acc" in names):
+            raise QCError("matmul.epilogue", f"pair epilogue {self.epilogue!r} needs segments of equal n, got {self.n}")
+
+    @property
+    def paired(self) -> bool:
+        """Whether the epilogue combines segments column by column."""
+        return any(name[0] == "a" and name != "acc" for name in epilogue_names(self.epilogue))
+
+    @property
+    def columns(self) -> int:
+        """Columns of the result."""
+        return self.n[0] if self.paired else sum(self.n)
+
+    @property
+    def parts_per_segment(self) -> int:
+        """How many packed tensors describe one weight."""
+        return 2 + (self.weight.scale.zero is not None) + self.weight.nested
+
+    def __str__(self) -> str:
+        fields = [str(self.weight), "n=" + ",".join(map(str, self.n)), f"k={self.k}"]
+        if self.act is not None:
+            fields.append(f"act={self.act}")
+        if self.epilogue:
+            fields.append("y=" + self.epilogue.replace(" ", ""))
+        if self.extras:
+            fields.append("e=" + ",".join(self.extras))
+        if self.out:
+            fields.append(f"out={self.out}")
+        return " ".join(fields)
+
+    @staticmethod
+    @lru_cache(maxsize=4096)
+    def parse(text: str) -> MatmulSpec:
+        """Read the canonical string. Raises `QCError` ("matmul.spec") when it is none."""
+        head, *rest = text.split()
+        fields = dict(item.partition("=")[::2] for item in rest)
+        unknown = set(fields) - {"n", "k", "act", "y", "e", "out"}
+        if unknown or "n" not in fields or "k" not in fields:
+            raise QCError("matmul.spec", f"cannot read matmul spec {text!r}", why=f"fields {sorted(fields)}")
+        return MatmulSpec(
+            weight=Scheme.parse(head),
+            n=tuple(int(v) for v in fields["n"].split(",")),
+            k=int(fields["k"]),
+            act=Scheme.parse(fields["act"]) if "act" in fields else None,
+            epilogue=fields.get("y", ""),
+            extras=tuple(fields["e"].split(",")) if "e" in fields else (),
+            out=fields.get("out", ""),
+        )
+
+
+@lru_cache(maxsize=4096)
+def epilogue_tree(epilogue: str) -> ast.expr:
+    """Parse and check an epilogue; every node is a name, a number, `+ - * /`, unary minus or a known function.
+
+    Raises `QCError` ("matmul.epilogue") for anything else.
+    """
+    try:
+        tree = ast.parse(epilogue or "acc", mode="eval").body
+    except SyntaxError as error:
+        raise QCError("matmul.epilogue", f"epilogue {epilogue!r} is not an expression", why=str(error)) from error
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(func=ast.Name(id=name), keywords=[]) if name in EPILOGUE_FUNCTIONS:
+                continue
+            case ast.Constant(value=int() | float()) | ast.Name() | ast.Load() | ast.USub():
+                continue
+            case ast.BinOp(op=ast.Add() | ast.Sub() | ast.Mult() | ast.Div()) | ast.UnaryOp(op=ast.USub()):
+                continue
+            case ast.Add() | ast.Sub() | ast.Mult() | ast.Div():
+                continue
+        raise QCError(
+            "matmul.epilogue",
+            f"epilogue {epilogue!r} uses {ast.unparse(node) if isinstance(node, ast.expr) else type(node).__name__}",
+            next=f"allowed: + - * /, numbers, names and {', '.join(EPILOGUE_FUNCTIONS)}",
+        )
+    return tree
+
+
+@lru_cache(maxsize=4096)
+def epilogue_names(epilogue: str) -> frozenset[str]:
+    """Operands that an epilogue reads (`acc`, `a0`, `e0`, ...)."""
+    functions = {id(n.func) for n in ast.walk(epilogue_tree(epilogue)) if isinstance(n, ast.Call)}
+    return frozenset(
+        n.id for n in ast.walk(epilogue_tree(epilogue)) if isinstance(n, ast.Name) and id(n) not in functions
+    )
+
+
+def evaluate_epilogue(epilogue: str, names: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Evaluate in fp32. `names` maps `acc` / `a0` / `e0`... to broadcastable fp32 tensors."""
+    like = next(iter(names.values()))
+
+    def value(node: ast.expr) -> torch.Tensor:
+        match node:
+            case ast.Name(id=name):
+                return names[name]
+            case ast.Constant(value=int() | float() as number):
+                return like.new_full((), float(number))
+            case ast.UnaryOp(operand=operand):
+                return -value(operand)
+            case ast.BinOp(left=left, op=op, right=right):
+                return _OPERATORS[type(op)](value(left), value(right))
+            case ast.Call(func=ast.Name(id=name), args=args):
+                return EPILOGUE_FUNCTIONS[name](*map(value, args))
+        raise AssertionError(ast.dump(node))  # epilogue_tree admits nothing else
+
+    return value(epilogue_tree(epilogue))
+
+
+def quantize_rows(x: torch.Tensor, act: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
+    """Dynamic int8 activation codes: `q = round_half_even(x * (127 / absmax))`, `s = absmax / 127`, all in fp32.
+
+    Args:
+        x: `[..., k]` fp32, finite.
+        act: a symmetric integer scheme per token.
+
+    Returns:
+        `(q, s)`: integer values held in fp32 `[..., k]`, and scales `[..., 1]`.
+    """
+    if not isinstance(act.granularity, PerToken) or act.format.kind != "int" or not act.symmetric:
+        raise QCError(
+            "matmul.act",
+            f"activation scheme {act} is not supported",
+            next="use int8/token (symmetric, one scale per row)",
+        )
+    top = act.format.max
+    absmax = x.abs().amax(-1, keepdim=True)
+    inverse = torch.where(absmax > 0, top / absmax, torch.zeros_like(absmax))
+    # A row whose absmax is subnormal makes 127/absmax overflow; clamping keeps its codes in range.
+    return torch.round(x * inverse).nan_to_num(0.0).clamp(-top, top), absmax / top
+
+
+def reference_qmm(
+    x: torch.Tensor, parts: Sequence[torch.Tensor], extras: Sequence[torch.Tensor], spec: MatmulSpec
+) -> torch.Tensor:
+    """The meaning of `qmm`: decode, multiply in fp32, epilogue in fp32, one cast at the end.
+
+    Args:
+        x: `[..., k]` floating point.
+        parts: the packed parts of each segment, one after the other.
+        extras: "row" `[columns]` or "mat" `[..., columns]`.
+
+    Returns:
+        `[..., spec.columns]` of dtype `spec.out` or x's.  A row of x holding NaN or Inf gives a NaN row and leaves the
+        other rows alone.
+    """
+    step = spec.parts_per_segment
+    if len(parts) != step * len(spec.n) or len(extras) != len(spec.extras) or x.shape[-1] != spec.k:
+        raise QCError(
+            "matmul.operands",
+            f"qmm got {len(parts)} parts, {len(extras)} extras, x {tuple(x.shape)}",
+            why=f"spec {spec} needs {step} parts per segment and k={spec.k}",
+        )
+    wide = x.to(torch.float32)
+    finite = torch.isfinite(wide).all(-1, keepdim=True)
+    wide = torch.where(finite, wide, torch.zeros_like(wide))
+    scale = None
+    if spec.act is not None:
+        wide, scale = quantize_rows(wide, spec.act)
+    segments = []
+    for i, n in enumerate(spec.n):
+        weight = dequantize(list(parts[i * step : (i + 1) * step]), spec.weight, n, spec.k, torch.float32)
+        product = wide @ weight.t()
+        segments.append(product if scale is None else product * scale)
+    names = {f"e{i}": extra.to(torch.float32) for i, extra in enumerate(extras)}
+    if spec.paired:
+        names = {f"a{i}": segment for i, segment in enumerate(segments)} | names
+    else:
+        names = {"acc": segments[0] if len(segments) == 1 else torch.cat(segments, -1)} | names
+    y = evaluate_epilogue(spec.epilogue, names)
+    y = torch.where(finite, y, torch.full_like(y, float("nan")))
+    return y.to(OUT_DTYPES[spec.out] if spec.out else x.dtype)

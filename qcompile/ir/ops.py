@@ -1,0 +1,132 @@
+"""The `qcompile::` operators: the border between graph passes and kernels.
+
+Each has a schema, a meta ("fake") rule and a plain-torch meaning that works on every device; kernels are only faster
+spellings of these.  Schemes travel as strings, so a graph prints what it does and caches key on it.
+
+| op | meaning |
+|---|---|
+| `qmm(x, parts, extras, spec)` | matmul with packed weights and an epilogue, see `MatmulSpec` |
+| `qembedding(ids, parts, scheme, n, k, dtype)` | rows of a packed table |
+| `decode(parts, scheme, n, k, dtype)` | the float weight `[n, k]` of packed parts |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from qcompile.errors import QCError
+from qcompile.ir.codec import dequantize
+from qcompile.ir.matmul import OUT_DTYPES, MatmulSpec, reference_qmm
+from qcompile.ir.scheme import Scheme
+
+LIBRARY = torch.library.Library("qcompile", "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+_SCHEMAS = (
+    "qmm(Tensor x, Tensor[] parts, Tensor[] extras, str spec) -> Tensor",
+    "qembedding(Tensor ids, Tensor[] parts, str scheme, int n, int k, ScalarType dtype) -> Tensor",
+    "decode(Tensor[] parts, str scheme, int n, int k, ScalarType dtype) -> Tensor",
+)
+for _schema in _SCHEMAS:
+    LIBRARY.define(_schema, tags=_TAGS)
+
+
+def _qmm(
+    x: torch.Tensor, parts: Sequence[torch.Tensor], extras: Sequence[torch.Tensor], spec: str
+) -> torch.Tensor:
+    return reference_qmm(x, parts, extras, MatmulSpec.parse(spec))
+
+
+def _qembedding(
+    ids: torch.Tensor, parts: Sequence[torch.Tensor], scheme: str, n: int, k: int, dtype: torch.dtype
+) -> torch.Tensor:
+    flat = ids.reshape(-1)
+    if flat.numel() and not (0 <= int(flat.min()) and int(flat.max()) < n):
+        raise QCError(
+            "embedding.index",
+            f"index out of range: ids lie in [{int(flat.min())}, {int(flat.max())}], the table has {n} rows",
+        )
+    # Gather whole 16-row panels, decode those, keep one row of each: no decode of the full table.
+    panels = -(-n // 16)
+    gathered = [p.index_select(0, flat // 16) if p.dim() and p.shape[0] == panels else p for p in parts]
+    rows = dequantize(gathered, Scheme.parse(scheme), 16 * flat.numel(), k, dtype)
+    index = torch.arange(flat.numel(), device=ids.device) * 16 + flat % 16
+    return rows.index_select(0, index).reshape(*ids.shape, k)
+
+
+def _decode(parts: Sequence[torch.Tensor], scheme: str, n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
+    return dequantize(list(parts), Scheme.parse(scheme), n, k, dtype)
+
+
+def _fake_qmm(
+    x: torch.Tensor, parts: Sequence[torch.Tensor], extras: Sequence[torch.Tensor], spec: str
+) -> torch.Tensor:
+    what = MatmulSpec.parse(spec)
+    dtype = OUT_DTYPES[what.out] if what.out else x.dtype
+    return x.new_empty((*x.shape[:-1], what.columns), dtype=dtype)
+
+
+def _fake_qembedding(
+    ids: torch.Tensor, parts: Sequence[torch.Tensor], scheme: str, n: int, k: int, dtype: torch.dtype
+) -> torch.Tensor:
+    return ids.new_empty((*ids.shape, k), dtype=dtype)
+
+
+def _fake_decode(
+    parts: Sequence[torch.Tensor], scheme: str, n: int, k: int, dtype: torch.dtype
+) -> torch.Tensor:
+    return parts[0].new_empty((n, k), dtype=dtype)
+
+
+def _autocast_qmm(
+    x: torch.Tensor, parts: Sequence[torch.Tensor], extras: Sequence[torch.Tensor], spec: str
+) -> torch.Tensor:
+    """Under autocast a linear takes its activation in the autocast dtype; packed scales keep theirs."""
+    device = x.device.type
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(_AUTOCAST_KEYS[device])):
+        if x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(device))
+        return torch.ops.qcompile.qmm(x, parts, extras, spec)
+
+
+_AUTOCAST_KEYS = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}
+
+
+def _qmm_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, parts, extras, spec = inputs
+    what = MatmulSpec.parse(spec)
+    if what.epilogue not in ("", "acc+e0") or what.extras not in ((), ("row",)):
+        raise QCError(
+            "matmul.grad", f"gradient through qmm with epilogue {what.epilogue!r}", next="differentiate before fusing"
+        )
+    ctx.save_for_backward(*parts)
+    ctx.spec, ctx.x_shape, ctx.x_dtype, ctx.extras = spec, x.shape, x.dtype, len(extras)
+
+
+def _qmm_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    """dX from the packed weight itself (an activation scheme passes straight through): `dX = dY @ decode(W)`."""
+    what, parts = MatmulSpec.parse(ctx.spec), list(ctx.saved_tensors)
+    step, dx, start = what.parts_per_segment, None, 0
+    for i, n in enumerate(what.n):
+        piece = grad.narrow(-1, start, n).to(ctx.x_dtype)
+        weight = torch.ops.qcompile.decode(
+            parts[i * step : (i + 1) * step], str(what.weight), n, what.k, ctx.x_dtype
+        )
+        term = piece @ weight
+        dx, start = term if dx is None else dx + term, start + n
+    bias = [grad.reshape(-1, grad.shape[-1]).sum(0)] if ctx.extras else []
+    return dx, [None] * len(parts), bias, None
+
+
+for _name, _meaning, _meta in (
+    ("qmm", _qmm, _fake_qmm),
+    ("qembedding", _qembedding, _fake_qembedding),
+    ("decode", _decode, _fake_decode),
+):
+    LIBRARY.impl(_name, _meaning, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"qcompile::{_name}", _meta, lib=LIBRARY)
+for _key in _AUTOCAST_KEYS.values():
+    LIBRARY.impl("qmm", _autocast_qmm, _key.name)
+torch.library.register_autograd("qcompile::qmm", _qmm_backward, setup_context=_qmm_setup, lib=LIBRARY)

@@ -1,0 +1,175 @@
+"""Bit layouts: codes `[N, K]` of 1 to 8 bits to bytes and back.
+
+A code of `bits` bits is cut into planes of power-of-two width (6 = 4 + 2), the first plane holding its low
+bits, so that every plane fills bytes exactly and every width shares the same code. Two layouts:
+
+**tile16**, what the CPU kernels read and what is saved. Rows come in panels of 16, columns in blocks of 32;
+codes beyond N and K are 0. Packed: uint8 `[P, KB, bits * 64]` with P = ceil(N/16), KB = ceil(K/32). Inside
+one (panel, block) the planes follow each other; a plane of width w is w tiles of 64 bytes; byte `o*4 + j` of
+tile t belongs to row o, and its bits `i*w .. i*w + w - 1` to column `t*4*(8/w) + 4*i + j`. One tile is one
+512-bit register and one 32-bit lane of it one row: activations are broadcast four columns at a time and no
+horizontal sum is needed.
+Scales, zeros and minima: `[P, G, 16]` in their storage dtype.
+
+**rows**, device neutral: per row, the planes one after the other, each `ceil(K*w/8)` bytes, column `c` in the
+bits `(c mod 8/w) * w ..` of byte `c div (8/w)`. Packed: uint8 `[N, sum ceil(K*w/8)]`; scales `[N, G]`.
+
+Both cut along N without touching a byte (tile16 at multiples of 16): packing commutes with sharding rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qcompile.errors import QCError
+from qcompile.ir.formats import bit_planes
+
+if TYPE_CHECKING:
+    from qcompile.ir.scheme import Scheme
+
+PANEL = 16
+BLOCK = 32
+
+
+def ceil_div(a: int, b: int) -> int:
+    """ceil(a / b) for b > 0."""
+    return -(-a // b)
+
+
+def packed_shape(bits: int, n: int, k: int, packing: str = "tile16") -> tuple[int, ...]:
+    """Shape of the packed uint8 codes of an `[n, k]` matrix."""
+    if packing == "rows":
+        return (n, sum(ceil_div(k * width, 8) for width in bit_planes(bits)))
+    bit_planes(bits)
+    return (ceil_div(n, PANEL), ceil_div(k, BLOCK), bits * 64)
+
+
+def scale_shape(groups: int, n: int, packing: str = "tile16") -> tuple[int, ...]:
+    """Shape of the packed scales of `n` rows with `groups` scales each."""
+    return (n, groups) if packing == "rows" else (ceil_div(n, PANEL), groups, PANEL)
+
+
+def packed_bytes(scheme: Scheme, n: int, k: int) -> int:
+    """Bytes of all parts of an `[n, k]` weight in `scheme`, padding of the layout included."""
+    rows = n if scheme.packing == "rows" else ceil_div(n, PANEL) * PANEL
+    total = torch.Size(packed_shape(scheme.format.bits, n, k, scheme.packing)).numel()
+    scale = scheme.scale.format.dtype.itemsize
+    total += rows * scheme.groups(k) * (scale + {None: 0, "z": 1, "m": scale}[scheme.scale.zero])
+    if scheme.outer is not None:
+        total += rows * scheme.outer_groups(k) * scheme.outer.format.dtype.itemsize
+    return total
+
+
+def pack_codes(codes: Tensor, bits: int, packing: str = "tile16") -> Tensor:
+    """Pack codes.
+
+    Args:
+        codes: uint8 `[N, K]`, each below `2**bits` (higher bits are dropped); any strides.
+        bits: 1 to 8.
+        packing: `tile16` or `rows`.
+
+    Returns:
+        uint8 of `packed_shape(bits, N, K, packing)`, contiguous.
+
+    Raises:
+        QCError `packing.codes` unless `codes` is a uint8 matrix.
+    """
+    if codes.dtype != torch.uint8 or codes.dim() != 2:
+        raise QCError(
+            "packing.codes", f"codes are {codes.dtype} {list(codes.shape)}", why="uint8 [N, K] is packed"
+        )
+    n, k = codes.shape
+    if packing == "rows":
+        planes = [
+            _join(_pad(codes, n, ceil_div(k, per) * per).reshape(n, ceil_div(k, per), per, 1), shift, width)
+            for shift, width, per in _plan(bits)
+        ]
+        return torch.cat([plane.reshape(n, -1) for plane in planes], dim=1)
+    panels, blocks = ceil_div(n, PANEL), ceil_div(k, BLOCK)
+    padded = _pad(codes, panels * PANEL, blocks * BLOCK)
+    tiles = []
+    for shift, width, per in _plan(bits):
+        lanes = _join(padded.reshape(panels, PANEL, blocks, width, per, 4), shift, width)
+        tiles.append(lanes.permute(0, 2, 3, 1, 4).reshape(panels, blocks, width * 64))
+    return torch.cat(tiles, dim=2) if len(tiles) > 1 else tiles[0].contiguous()
+
+
+def unpack_codes(packed: Tensor, bits: int, n: int, k: int, packing: str = "tile16") -> Tensor:
+    """Invert `pack_codes`: uint8 `[n, k]`.
+
+    Raises:
+        QCError `packing.shape` when `packed` is not uint8 of `packed_shape(bits, n, k, packing)`.
+    """
+    shape = packed_shape(bits, n, k, packing)
+    if packed.dtype != torch.uint8 or tuple(packed.shape) != shape:
+        raise QCError(
+            "packing.shape",
+            f"packed codes are {packed.dtype} {list(packed.shape)}",
+            why=f"{bits}-bit {packing} codes of [{n}, {k}] are torch.uint8 {list(shape)}",
+        )
+    start = 0
+    codes: Tensor | None = None
+    for shift, width, per in _plan(bits):
+        if packing == "rows":
+            size = ceil_div(k * width, 8)
+            part = _split(packed[:, start : start + size].unsqueeze(-1), width, per).reshape(n, -1)[:, :k]
+        else:
+            size = width * 64
+            tiles = packed[:, :, start : start + size].reshape(shape[0], shape[1], width, PANEL, 4)
+            part = _split(tiles.permute(0, 3, 1, 2, 4), width, per).reshape(shape[0] * PANEL, -1)[:n, :k]
+        codes = part if codes is None else codes | (part << shift)
+        start += size
+    assert codes is not None  # a width has at least one plane
+    return codes.contiguous()
+
+
+def pack_scales(scales: Tensor, packing: str = "tile16", pad: int = 0) -> Tensor:
+    """`[N, G]` to `[P, G, 16]` (tile16, rows padded with `pad`) or `[N, G]` (rows); the dtype stays."""
+    if packing == "rows":
+        return scales.contiguous()
+    n, groups = scales.shape
+    panels = ceil_div(n, PANEL)
+    padded = functional.pad(scales, (0, 0, 0, panels * PANEL - n), value=pad)
+    return padded.reshape(panels, PANEL, groups).transpose(1, 2).contiguous()
+
+
+def unpack_scales(packed: Tensor, n: int, packing: str = "tile16") -> Tensor:
+    """Invert `pack_scales`: `[n, G]`."""
+    if packing == "rows":
+        return packed
+    return packed.transpose(1, 2).reshape(packed.shape[0] * PANEL, packed.shape[1])[:n]
+
+
+def _plan(bits: int) -> Sequence[tuple[int, int, int]]:
+    """(shift of the plane in the code, width, codes per byte) of each plane."""
+    plan, shift = [], 0
+    for width in bit_planes(bits):
+        plan.append((shift, width, 8 // width))
+        shift += width
+    return plan
+
+
+def _pad(codes: Tensor, n: int, k: int) -> Tensor:
+    if tuple(codes.shape) == (n, k):
+        return codes
+    return functional.pad(codes, (0, k - codes.shape[1], 0, n - codes.shape[0]))
+
+
+def _join(codes: Tensor, shift: int, width: int) -> Tensor:
+    """`[..., per, j]` codes to `[..., j]` bytes of one plane."""
+    mask = (1 << width) - 1
+    out = (codes[..., 0, :] >> shift) & mask
+    for i in range(1, codes.shape[-2]):
+        out |= ((codes[..., i, :] >> shift) & mask) << (i * width)
+    return out
+
+
+def _split(lanes: Tensor, width: int, per: int) -> Tensor:
+    """`[..., j]` bytes of one plane to `[..., per, j]` fields."""
+    mask = (1 << width) - 1
+    return torch.stack([(lanes >> (i * width)) & mask for i in range(per)], dim=-2)

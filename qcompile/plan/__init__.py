@@ -1,0 +1,1 @@
+"""Which site gets which scheme: sites, recipes, plans. No graph, no kernel."""

@@ -1,0 +1,225 @@
+"""Recipes: which scheme each site gets, as ordered rules that are data.
+
+A recipe is what a user names (`"int4"`), spells (`"uint4/g64:fp16+m"`), writes as an object or keeps in a JSON file.
+First match wins; a rule that matched nothing is reported, because it is usually a typo in a path.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qcompile.errors import QCError, suggest
+from qcompile.ir.codec import dequantize, quantize
+from qcompile.ir.scheme import Scheme
+from qcompile.plan.site import KINDS, Site
+
+VERSION = 1
+_MATMULS = ("linear", "head", "bmm")
+_WEIGHTS = (*_MATMULS, "embedding")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Matchers, then settings.
+
+    Attributes:
+        weight: weight scheme, or `None` to keep the site float.
+        act: activation scheme (`None`: activations are used exactly); ignored for lookups.
+        path: glob on the weight's module path.
+        kind: kinds of site.
+        min_weights: smallest number of weight elements.
+        min_sqnr: apply only where `weight` keeps at least this signal-to-noise ratio (dB) on this very weight;
+            otherwise the next rules are tried.
+    """
+
+    weight: Scheme | None
+    act: Scheme | None = None
+    path: str = "*"
+    kind: tuple[str, ...] = _WEIGHTS
+    min_weights: int = 0
+    min_sqnr: float = -math.inf
+
+    def __post_init__(self) -> None:
+        for kind in self.kind:
+            if kind not in KINDS:
+                raise QCError("recipe.kind", f"unknown site kind {kind!r}{suggest(kind, KINDS)}", next=f"use {KINDS}")
+
+    def selects(self, site: Site) -> bool:
+        """Whether the matchers hold (the weight itself is not looked at)."""
+        return (
+            site.kind in self.kind
+            and site.weights >= self.min_weights
+            and fnmatch.fnmatchcase(site.path, self.path)
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; defaults are left out."""
+        default = Rule(None)
+        items = {f.name: getattr(self, f.name) for f in fields(self)}
+        short = {k: v for k, v in items.items() if k == "weight" or v != getattr(default, k)}
+        return {k: str(v) if isinstance(v, Scheme) else list(v) if isinstance(v, tuple) else v for k, v in short.items()}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Rule:
+        """Read what `to_json` wrote. Raises `QCError` ("recipe.rule") on unknown keys."""
+        names = [f.name for f in fields(Rule)]
+        for key in data:
+            if key not in names:
+                raise QCError("recipe.rule", f"unknown key {key!r} in a rule{suggest(key, names)}", next=f"use {names}")
+        values = dict(data)
+        for key in ("weight", "act"):
+            values[key] = Scheme.parse(values[key]) if values.get(key) else None
+        if "kind" in values:
+            values["kind"] = tuple(values["kind"])
+        return Rule(**values)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a recipe says about one site; `rule` is the index of the rule that matched, -1 for none."""
+
+    weight: Scheme | None
+    act: Scheme | None
+    rule: int
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Ordered rules with a name. `Recipe.of` accepts everything a user may pass as `recipe=`."""
+
+    rules: tuple[Rule, ...]
+    name: str = "custom"
+
+    def resolve(self, site: Site, weight: Callable[[], torch.Tensor] | None = None) -> Choice:
+        """First rule that matches.
+
+        Args:
+            site: the site.
+            weight: gives the float weight `[n, k]` when a rule has `min_sqnr`.
+        """
+        passed_over = ""
+        for index, rule in enumerate(self.rules):
+            if not rule.selects(site):
+                continue
+            if rule.weight is not None and rule.min_sqnr > -math.inf and weight is not None:
+                found = sqnr_db(weight(), rule.weight)
+                if found < rule.min_sqnr:
+                    passed_over = f"{rule.weight} keeps only {found:.1f} dB here, the recipe asks for {rule.min_sqnr:g}"
+                    continue
+            act = rule.act if site.kind in _MATMULS else None
+            return Choice(rule.weight, act, index, passed_over if rule.weight else f"rule {index} keeps it float")
+        return Choice(None, None, -1, passed_over or f"no rule of recipe {self.name!r} matches")
+
+    def unused(self, choices: Iterable[Choice]) -> list[Rule]:
+        """Rules that matched no site."""
+        used = {choice.rule for choice in choices}
+        return [rule for index, rule in enumerate(self.rules) if index not in used]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"version": VERSION, "name": self.name, "rules": [rule.to_json() for rule in self.rules]}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Recipe:
+        """Read what `to_json` wrote. Raises `QCError` for another version or unknown keys."""
+        if data.get("version") != VERSION or not isinstance(data.get("rules"), list):
+            raise QCError(
+                "recipe.version",
+                f"recipe has version {data.get('version')!r} and {type(data.get('rules')).__name__} rules",
+                next=f'a recipe file is {{"version": {VERSION}, "name": ..., "rules": [...]}}',
+            )
+        return Recipe(tuple(Rule.from_json(rule) for rule in data["rules"]), str(data.get("name", "custom")))
+
+    def fingerprint(self) -> str:
+        """Text that is equal exactly when the rules are."""
+        return json.dumps(self.to_json(), sort_keys=True)
+
+    @staticmethod
+    def of(value: Any) -> Recipe:
+        """A preset name, a scheme spelling (optionally followed by an activation scheme), a `Recipe`, a JSON file.
+
+        Raises:
+            QCError: "recipe.unknown" with the nearest preset, or the error of the scheme or file.
+        """
+        if isinstance(value, Recipe):
+            return value
+        if isinstance(value, Scheme):
+            return _uniform(value, None, str(value))
+        if isinstance(value, Path) or (isinstance(value, str) and value.endswith(".json")):
+            return _from_file(Path(value))
+        if isinstance(value, str):
+            if value in PRESETS:
+                return PRESETS[value]
+            if "/" in value:
+                weight, *act = value.split()
+                return _uniform(Scheme.parse(weight), Scheme.parse(act[0]) if act else None, value)
+            raise QCError(
+                "recipe.unknown",
+                f"unknown recipe {value!r}{suggest(value, PRESETS)}",
+                next=f"use a preset ({', '.join(PRESETS)}), a scheme such as 'uint4/g64:fp16+m', or a .json file",
+            )
+        raise QCError("recipe.unknown", f"a recipe cannot be a {type(value).__name__}", next="pass a name or a Recipe")
+
+
+def sqnr_db(weight: torch.Tensor, scheme: Scheme) -> float:
+    """Signal-to-quantization-noise ratio of a weight under a scheme, in dB (inf when exact).
+
+    Args:
+        weight: `[n, k]` floating point.
+    """
+    wide = weight.detach().to(torch.float32)
+    error = dequantize(quantize(wide, scheme), scheme, *wide.shape) - wide
+    signal, noise = float(wide.square().sum()), float(error.square().sum())
+    return math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal else -math.inf
+
+
+def _from_file(path: Path) -> Recipe:
+    try:
+        return Recipe.from_json(json.loads(path.read_text()))
+    except (OSError, json.JSONDecodeError) as error:
+        raise QCError("recipe.file", f"cannot read recipe {path}", why=str(error), next="check the path") from error
+
+
+def _uniform(weight: Scheme, act: Scheme | None, name: str) -> Recipe:
+    return Recipe((Rule(weight, act),), name)
+
+
+def _preset(name: str, linear: str, act: str | None = None, table: str = "int8/axis0:fp32") -> Recipe:
+    """Linear layers get `linear`; embeddings and the head, where small errors hurt most, stay at 8 bits."""
+    wide = Scheme.parse(table)
+    return Recipe(
+        (
+            Rule(wide, kind=("embedding", "head")),
+            Rule(Scheme.parse(linear), Scheme.parse(act) if act else None, kind=("linear", "bmm")),
+        ),
+        name,
+    )
+
+
+_INT4 = "uint4/g32:fp16+m"
+PRESETS: Mapping[str, Recipe] = {
+    # 30 dB is a relative weight error of 3 %; 8-bit rows keep about 40 dB, 4-bit groups of a Gaussian weight about 21.
+    "auto": Recipe(
+        (
+            Rule(Scheme.parse("int8/axis0:fp32"), kind=("embedding", "head")),
+            Rule(Scheme.parse(_INT4), kind=("linear", "bmm"), min_sqnr=30.0),
+            Rule(Scheme.parse("int8/axis0:fp32"), kind=("linear", "bmm")),
+        ),
+        "auto",
+    ),
+    "int8": _preset("int8", "int8/axis0:fp32"),
+    "int4": _preset("int4", _INT4),
+    "nf4": _preset("nf4", "nf4/g64:fp16"),
+    "w8a8": _preset("w8a8", "int8/axis0:fp32", "int8/token:fp32"),
+    "w4a8": _preset("w4a8", _INT4, "int8/token:fp32"),
+    "none": Recipe((), "none"),
+}
+__all__ = ["PRESETS", "Choice", "Recipe", "Rule", "sqnr_db"]

@@ -1,0 +1,191 @@
+"""The packed-weight store: one encoded copy of each weight, shared by every graph that reads it.
+
+Prefill and decode graphs, recompiles and graph breaks all ask for the same (parameters, expression, scheme) and get the
+same entry, so a weight is encoded once.  An entry notices when its parameters changed (torch's version counter, a moved
+pointer, an optimizer step) and re-encodes in place: graphs hold the packed tensors themselves and see the new contents
+without recompiling.
+
+What torch tells nobody (`param.data.copy_()`, writing through `numpy()`) an entry cannot notice: `refresh` is for that.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from qcompile.errors import QCError
+from qcompile.ir.codec import dequantize, quantize
+from qcompile.ir.scheme import Scheme
+
+Stamp = tuple[int, int, int]
+
+
+def stamp(tensor: torch.Tensor) -> Stamp:
+    """Identity, version and address: what can be seen of a write. Inference tensors have no version."""
+    return id(tensor), 0 if tensor.is_inference() else tensor._version, tensor.data_ptr()
+
+
+@dataclass(frozen=True)
+class WeightExpression:
+    """A weight as a pure function of parameters: views, casts, concatenations.
+
+    Attributes:
+        text: canonical text; equal text means equal function.
+        evaluate: maps the parameters to the tensor, `[n, k]` for a weight, any shape for a constant.
+        where: module path for messages.
+    """
+
+    text: str
+    evaluate: Callable[..., torch.Tensor]
+    where: str = ""
+
+
+class Entry:
+    """One encoded weight (or, with no scheme, one constant computed from parameters).
+
+    Attributes:
+        parts: the packed tensors; replaced never, rewritten in place.
+        shape: shape of the float weight.
+        encodes: how often it was encoded (1 unless the weight changed).
+    """
+
+    def __init__(self, roots: Sequence[torch.Tensor], expression: WeightExpression, scheme: Scheme | None) -> None:
+        self.expression, self.scheme = expression, scheme
+        self.shape: tuple[int, ...] = ()
+        self.parts: list[torch.Tensor] = []
+        self.encodes = 0
+        self._roots = [weakref.ref(root) for root in roots]
+        self._seen: tuple[Stamp, ...] = ()
+        self.encode(roots)
+
+    def stale(self, roots: Sequence[torch.Tensor]) -> bool:
+        return self._seen != tuple(map(stamp, roots))
+
+    def forget(self) -> None:
+        """Make the next look find the entry stale."""
+        self._seen = ()
+
+    def encode(self, roots: Sequence[torch.Tensor]) -> None:
+        """Encode from the parameters' present contents, in place when already encoded."""
+        # Packed tensors must be ordinary ones: an inference tensor could not be rewritten later in normal mode.
+        with torch.inference_mode(False), torch.no_grad():
+            seen = tuple(map(stamp, roots))
+            weight = self.expression.evaluate(*(root.detach() for root in roots))
+            if self.scheme is None:
+                fresh = [weight.contiguous().clone()]
+            else:
+                try:
+                    fresh = quantize(weight, self.scheme)
+                except QCError as error:
+                    raise error.at(self.expression.where) from error
+            if self.parts:
+                for old, new in zip(self.parts, fresh, strict=True):
+                    old.copy_(new)
+            else:
+                self.parts = fresh
+            self.shape, self._seen = tuple(weight.shape), seen
+            self.encodes += 1
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.numel() * part.element_size() for part in self.parts)
+
+    def decoded(self) -> torch.Tensor:
+        """The float weight that the packed parts stand for, fp32 `[n, k]`."""
+        if self.scheme is None:
+            return self.parts[0]
+        return dequantize(self.parts, self.scheme, *self.shape)
+
+
+    def sqnr_db(self) -> float | None:
+        """Signal-to-noise ratio of the packed weight against its parameters, `None` when those are gone."""
+        roots = [ref() for ref in self._roots]
+        if self.scheme is None or any(root is None for root in roots):
+            return None
+        with torch.no_grad():
+            weight = self.expression.evaluate(*(r.detach() for r in roots if r is not None)).to(torch.float32)
+            noise = float((self.decoded() - weight).square().sum())
+            signal = float(weight.square().sum())
+        return math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal else -math.inf
+
+
+Key = tuple[tuple[int, ...], str, str]
+
+
+class Store:
+    """Entries by (parameters, expression, scheme). Holds parameters weakly: an entry dies with its first parameter.
+
+    `epoch` moves whenever an entry was marked stale from outside, so that a frozen graph sees with one integer
+    comparison that it has to look.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.epoch = 0
+        self._entries: dict[Key, Entry] = {}
+        self._by_root: dict[int, set[Key]] = {}
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(list(self._entries.values()))
+
+    def entry(self, roots: Sequence[torch.Tensor], expression: WeightExpression, scheme: Scheme | None) -> Entry:
+        """The entry of a weight, encoded now if it is new or stale.
+
+        Raises:
+            QCError: from the codec (NaN or Inf in the weight, ...), naming the module path.
+        """
+        key = (tuple(map(id, roots)), expression.text, str(scheme))
+        with self.lock:
+            entry = self._entries.get(key)
+            if entry is None:
+                entry = self._entries[key] = Entry(roots, expression, scheme)
+                for root in roots:
+                    self._watch(root).add(key)
+            elif entry.stale(roots):
+                entry.encode(roots)
+            return entry
+
+    def _watch(self, root: torch.Tensor) -> set[Key]:
+        keys = self._by_root.get(id(root))
+        if keys is None:
+            keys = self._by_root[id(root)] = set()
+            weakref.finalize(root, self._drop, id(root)).atexit = False
+        return keys
+
+    def _drop(self, root: int) -> None:
+        for key in self._by_root.pop(root, ()):
+            self._entries.pop(key, None)
+
+    def mark(self, tensors: Sequence[torch.Tensor]) -> int:
+        """Mark every entry made from these tensors stale; returns how many there were."""
+        count = 0
+        with self.lock:
+            for tensor in tensors:
+                for key in self._by_root.get(id(tensor), ()):
+                    self._entries[key].forget()
+                    count += 1
+            self.epoch += bool(count)
+        return count
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all packed tensors held."""
+        return sum(entry.nbytes for entry in self)
+
+
+STORE = Store()
+
+
+def _after_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    # Fused optimizers write parameters without moving their version counter.
+    if STORE._by_root:
+        STORE.mark([p for group in optimizer.param_groups for p in group["params"]])
+
+
+register_optimizer_step_post_hook(_after_step)

@@ -1,0 +1,118 @@
+"""The command line: `doctor` tells a healthy machine from a broken one and names the repair."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qcompile import doctor
+
+QCOMPILE = Path(sys.executable).with_name("qcompile")
+
+
+def run(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The installed command in a process of its own, on a wide terminal so that no line is broken."""
+    return subprocess.run(
+        [QCOMPILE, *arguments],
+        env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1", **environment},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_help_names_the_commands_without_importing_torch() -> None:
+    code = "import sys, qcompile.cli; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+    shown = run("--help").stdout
+    assert all(command in shown for command in ("demo", "explain", "doctor", "bench"))
+
+
+def test_doctor_on_this_machine() -> None:
+    done = run("doctor")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ready" in done.stdout
+    for check in doctor.CHECKS:
+        assert check.name in done.stdout
+
+
+def test_doctor_without_a_compiler(tmp_path: Path) -> None:
+    done = run("doctor", CXX=str(tmp_path / "no-such-compiler"), PATH=str(tmp_path))
+    assert done.returncode == 1
+    lines = done.stdout.splitlines()
+    assert any("C++ compiler" in line and "MISSING" in line for line in lines)
+    assert any(line.startswith("C++ compiler: install g++") for line in lines)
+    assert "ready" not in done.stdout
+
+
+def test_doctor_with_a_compiler_that_cannot_build(tmp_path: Path) -> None:
+    broken = tmp_path / "g++"
+    broken.write_text("#!/bin/sh\n[ $1 = --version ] && echo 'g++ (broken) 1.0' && exit\nexit 1\n")
+    broken.chmod(0o755)
+    done = run("doctor", CXX=str(broken), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    assert done.returncode == 1
+    assert "g++ (broken) 1.0" in done.stdout
+    assert any("kernel build" in line and "MISSING" in line for line in done.stdout.splitlines())
+
+
+def test_doctor_with_a_cache_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = run("doctor", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "file" / "cache"))
+    assert done.returncode == 1
+    assert any(
+        line.startswith("cache folder: set TORCHINDUCTOR_CACHE_DIR") for line in done.stdout.splitlines()
+    )
+
+
+def test_a_check_that_raises_is_a_finding() -> None:
+    def crash() -> str:
+        raise OSError("no luck\nand more")
+
+    def missing() -> str:
+        raise doctor.Missing("nothing there")
+
+    found = list(doctor.examine((doctor.Check("a", crash, "fix a"), doctor.Check("b", missing, "fix b"))))
+    assert [(f.ok, f.found) for f in found] == [(False, "OSError: no luck"), (False, "nothing there")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("explain", "no_such_module:f"), "cannot load 'no_such_module:f'"),
+        (("explain", "qcompile.doctor:nothing"), "cannot load"),
+        (("explain", "qcompile.doctor"), "module:function"),
+        (("bench", "kernels/gemw"), "there is no benchmark"),
+    ],
+)
+def test_an_error_of_ours_is_a_message(arguments: tuple[str, ...], words: str) -> None:
+    done = run(*arguments, cwd=Path(__file__).resolve().parent)
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_explain_prints_the_ledger_of_a_users_model(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "def make():\n"
+        "    return torch.nn.Sequential(torch.nn.Linear(64, 64)).eval(), (torch.ones(2, 64),)\n"
+    )
+    done = run("explain", "mine:make", "--recipe", "int8", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "int8" in done.stdout
+
+
+def test_bench_lists_runs_and_hands_over(tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text("")
+    (tmp_path / "bench" / "kernels").mkdir(parents=True)
+    (tmp_path / "bench" / "kernels" / "one.py").write_text("import sys; print(sys.argv[1:]); sys.exit(3)")
+    assert run("bench", cwd=tmp_path).stdout.split() == ["kernels/one"]
+    done = run("bench", "kernels/one", "--rounds", "7", cwd=tmp_path)
+    assert done.stdout.strip() == "['--rounds', '7']"
+    assert done.returncode == 3
