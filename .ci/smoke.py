@@ -1,4 +1,5 @@
-"""Smoke test of an installed wheel: compile a model by the backend's name, without importing the package first.
+"""Smoke test of an installed wheel: compile a model by the backend's name, without importing the package
+first.
 
 Run from a folder outside the checkout, whose path is the argument: nothing may come from there.
 """
@@ -24,8 +25,8 @@ import qcompile  # noqa: E402
 where = Path(qcompile.__file__).resolve()
 assert checkout not in where.parents, f"{where} lies in the checkout"
 assert qcompile.__version__ == metadata.version("torch-qcompile")
-# An int8 layer rounds uniform weights in [-a, a] with steps of a/127: noise a/127/sqrt(12) against a signal a/sqrt(3)
-# is 1/254, and two such layers add in squares. Float code would be at 1e-7, wrong code at 1.
+# An int8 layer rounds uniform weights in [-a, a] with steps of a/127: noise a/127/sqrt(12) against a signal
+# a/sqrt(3) is 1/254, and two such layers add in squares. Float code would be at 1e-7, wrong code at 1.
 error, derived = float((got - expected).norm() / expected.norm()), 2**0.5 / 254
 assert derived / 4 < error < derived * 4, f"relative error {error:.1e}, about {derived:.1e} was due"
-print(f"qcompile {qcompile.__version__} from {where.parent}, torch {torch.__version__}: relative error {error:.1e}")
+print(f"qcompile {qcompile.__version__} in {where.parent}, torch {torch.__version__}: error {error:.1e}")

@@ -1,9 +1,10 @@
 """Lower `qcompile::` ops to generated kernels inside Inductor's code.
 
-A `qmm` node becomes one extern-kernel node of Inductor's IR: Inductor plans the output buffer and the memory, our text is
-compiled by Inductor's own C++ builder next to its kernels, and the generated wrapper calls it with raw tensors and sizes.
-No dispatcher and no Python operator runs per call, and the kernel's text is part of the cached code, so Inductor's disk
-cache holds it.  Where no kernel exists the op falls back to its plain-torch meaning.
+A `qmm` node becomes one extern-kernel node of Inductor's IR: Inductor plans the output buffer and the memory,
+our text is compiled by Inductor's own C++ builder next to its kernels, and the generated wrapper calls it
+with raw tensors and sizes. No dispatcher and no Python operator runs per call, and the kernel's text is part
+of the cached code, so Inductor's disk cache holds it. Where no kernel exists the op falls back to its
+plain-torch meaning.
 """
 
 from __future__ import annotations

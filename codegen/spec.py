@@ -18,7 +18,7 @@ from qcompile.ir.scheme import Scheme
 
 
 def dtype_name(dtype: torch.dtype | str) -> str:
-    """"f32", "bf16" or "f16" of a torch dtype (or of such a name). Raises `QCError` ("kernel.dtype") for others."""
+    """ "f32", "bf16" or "f16" of a torch dtype (or of such a name). Raises `QCError` ("kernel.dtype") for others."""
     name = dtype if isinstance(dtype, str) else DTYPE_NAMES.get(dtype, str(dtype))
     if name not in OUT_DTYPES:
         raise QCError("kernel.dtype", f"kernels do not read or write {name}", next=f"use {', '.join(OUT_DTYPES)}")

@@ -1,8 +1,8 @@
 """What a graph pass is, and what it may look at.
 
-A pass has a name (users insert, replace and drop by it), a stage, and a `run` that edits an FX graph in place.  It reads
-the plan and its context and nothing else.  Its fingerprint goes into Inductor's cache key: two compiles that differ
-only in a pass must never share a result.
+A pass has a name (users insert, replace and drop by it), a stage, and a `run` that edits an FX graph in
+place. It reads the plan and its context and nothing else. Its fingerprint goes into Inductor's cache key:
+two compiles that differ only in a pass must never share a result.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class Kernel:
 
 @dataclass(frozen=True)
 class PackedInput:
-    """A graph input that the store supplies: its placeholder, the entry and part, and the parameters behind it."""
+    """A graph input that the store supplies: its placeholder, the entry and part, and the parameters behind
+    it."""
 
     name: str
     entry: Entry
@@ -53,13 +54,10 @@ class PassContext:
     """Everything passes share while one graph is compiled.
 
     Attributes:
-        options: the user's options.
-        recipe: the resolved recipe.
-        plan: decisions by site; passes write reasons back.
-        store: the process-wide packed-weight store.
-        inputs: example value of each placeholder, by name; parameters are the real ones.
-        kernel: asks the lowerings about a matmul: `(spec, device, x dtype, out dtype, rows or None) -> Kernel`.
-        training: whether autograd is recording for this graph.
+        options: the user's options. recipe: the resolved recipe. plan: decisions by site; passes write
+        reasons back. store: the process-wide packed-weight store. inputs: example value of each placeholder,
+        by name; parameters are the real ones. kernel: asks the lowerings about a matmul: `(spec, device, x
+        dtype, out dtype, rows or None) -> Kernel`. training: whether autograd is recording for this graph.
         packed: graph inputs that `freeze` added.
     """
 

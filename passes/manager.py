@@ -1,7 +1,7 @@
 """Run passes in order, with the user's edits to the list, and leave a trace of what each did.
 
-The list of passes is data: names can be dropped, replaced, or followed by a user's own.  After every pass the graph is
-linted; with `dump` it is also written to a numbered file.
+The list of passes is data: names can be dropped, replaced, or followed by a user's own. After every pass the
+graph is linted; with `dump` it is also written to a numbered file.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Reading FX nodes by role instead of by spelling, and adding nodes that keep their shapes.
 
-Dynamo writes `x.matmul(w)`, `torch.matmul(x, w)` and `x @ w` as three kinds of node.  Passes ask for the operation's
-name and get its operands, so that a new spelling is one table entry and not a new pattern.
+Dynamo writes `x.matmul(w)`, `torch.matmul(x, w)` and `x @ w` as three kinds of node. Passes ask for the
+operation's name and get its operands, so that a new spelling is one table entry and not a new pattern.
 """
 
 from __future__ import annotations
@@ -56,12 +56,13 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
 
 
 def insert(graph: fx.Graph, target: Callable[..., Any], *args: Any, like: fx.Node, **kwargs: Any) -> fx.Node:
-    """Add a call at the graph's insert point; source location from `like`, example value computed on fakes."""
+    """Add a call at the graph's insert point; source location from `like`, example value computed on
+    fakes."""
     node = graph.call_function(target, args, kwargs)
     for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "custom"):
         if key in like.meta:
             node.meta[key] = like.meta[key]
-    values = fx.map_arg((args, kwargs), lambda n: value_of(n))  # type: ignore[no-untyped-call]
+    values = fx.map_arg((args, kwargs), lambda n: value_of(n))
     with compat.fake_mode(graph):
         node.meta["example_value"] = target(*values[0], **values[1])
     return node

@@ -10,15 +10,16 @@ from torch import nn
 
 import qcompile.backend  # noqa: F401  (so that a compiled model finds it)
 from qcompile import compat
-from qcompile.convert import Conversion, convert
-from qcompile.explain import Explanation, explain
+from qcompile.conversion import Conversion, convert
+from qcompile.ledger import Explanation, explain
 from qcompile.options import Options
 from qcompile.runtime.store import STORE
 from qcompile.serialize import load, save
 
 
 def refresh(model: nn.Module | torch.Tensor) -> int:
-    """Tell the store that weights were written behind torch's back (`param.data.copy_()`, writes through numpy).
+    """Tell the store that weights were written behind torch's back (`param.data.copy_()`, writes through
+    numpy).
 
     Every other way to change a weight is noticed by itself.
 
@@ -32,16 +33,16 @@ def refresh(model: nn.Module | torch.Tensor) -> int:
     return STORE.mark(tensors)
 
 
-def compile(  # noqa: A001  (mirrors torch.compile)
+def compile(
     model: Callable[..., Any], *, fast_guards: bool = False, dynamic: bool | None = None, **options: Any
 ) -> Any:
     """`torch.compile(model, backend="qcompile", options=options)` with one more knob.
 
     Args:
-        model: module or function.
-        fast_guards: skip Dynamo's checks that modules, their hooks and their attributes are what they were when the
-            graph was made. That removes most of the per-call overhead of a large model; only set it when the model is
-            not modified after the first call (no `train()`, no new hooks, no changed configuration).
+        model: module or function. fast_guards: skip Dynamo's checks that modules, their hooks and their
+        attributes are what they were when the
+            graph was made. That removes most of the per-call overhead of a large model; only set it when the
+            model is not modified after the first call (no `train()`, no new hooks, no changed configuration).
         dynamic: as in `torch.compile`.
         options: every option of the backend.
 

@@ -1,14 +1,15 @@
 """The backend: what happens between Dynamo's graph and the code that runs, top to bottom.
 
-    canonicalize   every spelling of "activation times weight" becomes F.linear
-    detect         sites, with a reason where nothing can be done
-    resolve        the recipe names schemes, the lowerings say whether they pay
-    merge          sites that read one input become one matmul
-    freeze         weights are encoded once; packed tensors become inputs
-    (AOTAutograd)  functional ATen graph
-    epilogue       bias, activation, gate and residual move into the matmul
-    outline        repeated layers are compiled once
-    (Inductor)     generated kernels
+group_queries  decode attention reads keys and values where they lie
+canonicalize   every spelling of "activation times weight" becomes F.linear
+detect         sites, with a reason where nothing can be done
+resolve        the recipe names schemes, the lowerings say whether they pay
+merge          sites that read one input become one matmul
+freeze         weights are encoded once; packed tensors become inputs
+(AOTAutograd)  functional ATen graph
+epilogue       bias, activation, gate and residual move into the matmul
+outline        repeated layers are compiled once
+(Inductor)     generated kernels
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from typing import Any
 import torch
 from torch import fx
 
-import qcompile.ir.ops  # noqa: F401  (registers the operators)
 from qcompile import compat
 from qcompile.codegen import inductor
 from qcompile.codegen.devices.cpu import detect_isa
 from qcompile.errors import QCError, QCWarning
+from qcompile.ir import ops as _ops  # noqa: F401  (registers the operators)
 from qcompile.ir.matmul import MatmulSpec
 from qcompile.options import Options
 from qcompile.passes.base import Kernel, Pass, PassContext, Stage
@@ -39,7 +40,9 @@ from qcompile.passes.detect.canonicalize import Canonicalize
 from qcompile.passes.detect.sites import Detect
 from qcompile.passes.freeze.freeze import Freeze
 from qcompile.passes.late.epilogue import Epilogue
+from qcompile.passes.late.outline_pass import Outline
 from qcompile.passes.manager import PassManager
+from qcompile.passes.rewrite.attention import GroupQueries
 from qcompile.passes.rewrite.merge import Merge
 from qcompile.passes.rewrite.resolve import Resolve, warn_notes
 from qcompile.plan.plan import Plan
@@ -48,13 +51,20 @@ from qcompile.runtime.frozen import FrozenCall, Slot
 from qcompile.runtime.store import STORE
 
 DEFAULT_PASSES: tuple[Pass, ...] = (
+    GroupQueries(),
     Canonicalize(),
     Detect(),
     Resolve(),
     Merge(),
     Freeze(),
     Epilogue(),
+    Outline(),
 )
+
+
+# Defaults that a user's own setting overrides. Stride checks of every input cost a tenth of a decode step;
+# the wrapper and the outlined program hand compiled code exactly the tensors it was compiled for.
+_CONFIG = {"size_asserts": False}
 
 
 @dataclass
@@ -93,7 +103,8 @@ def qcompile(gm: fx.GraphModule, example_inputs: Sequence[Any], **settings: Any)
     Returns:
         A callable with the graph's calling convention.
 
-    The callable raises `QCError` for an option, a recipe, a weight or (with `strict`) a site that cannot be quantized.
+    The callable raises `QCError` for an option, a recipe, a weight or (with `strict`) a site that cannot be
+    quantized.
     """
     try:
         return compile_graph(gm, example_inputs, Options.parse(**settings))
@@ -102,8 +113,8 @@ def qcompile(gm: fx.GraphModule, example_inputs: Sequence[Any], **settings: Any)
 
 
 def _raiser(error: QCError) -> Callable[..., Any]:
-    """Raise on the first call of the graph (the very call being compiled): Dynamo wraps what a backend raises in an
-    exception of its own, and users should be able to catch ours."""
+    """Raise on the first call of the graph (the very call being compiled): Dynamo wraps what a backend raises
+    in an exception of its own, and users should be able to catch ours."""
 
     def fail(*_: Any) -> Any:
         raise error.with_traceback(None)
@@ -143,8 +154,11 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -
         inner = compat.inner_compile()
         for item in reversed(_stage(passes, "compile")):
             inner = item.wrap(inner, ctx)
-        values = [*(compat.compile_example(n.meta["example_value"]) for n in packed), *(ctx.inputs[n.name] for n in kept)]
-        config = {**options.inductor, **compat.Fingerprint.patch(fingerprint(passes, ctx))}
+        values = [
+            *(compat.compile_example(n.meta["example_value"]) for n in packed),
+            *(ctx.inputs[n.name] for n in kept),
+        ]
+        config = {**_CONFIG, **options.inductor, **compat.Fingerprint.patch(fingerprint(passes, ctx))}
         compiled = compat.compile_fx(work, values, inner_compile=_post(passes, inner, ctx), config=config)
     if not packed and len(kept) == len(names):
         return compiled

@@ -78,9 +78,7 @@ def explain(
 @app.command()
 def demo(
     quick: Annotated[bool, typer.Option("--quick", help="fewer tokens and rounds")] = False,
-    out: Annotated[Path, typer.Option(help="folder for the table, the chart and the JSON file")] = Path(
-        "demo-results"
-    ),
+    out: Annotated[Path, typer.Option(help="folder for the table, the chart and the JSON file")] = Path("demo-results"),
 ) -> None:
     """Quantize a small language model in every way and measure quality, speed and size against float."""
     from qcompile.demo import run
@@ -91,9 +89,7 @@ def demo(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(
     context: typer.Context,
-    name: Annotated[
-        str, typer.Argument(help="a script of bench/, such as kernels/gemv; nothing: list them")
-    ] = "",
+    name: Annotated[str, typer.Argument(help="a script of bench/, such as kernels/gemv; nothing: list them")] = "",
 ) -> None:
     """Run a benchmark of a source checkout; further arguments go to it."""
     folder = _bench_folder()

@@ -1,8 +1,9 @@
 """The only file that names torch._dynamo, torch._inductor and triton privates.
 
-Private names move between releases. With all of them here, a new torch release is answered in one place, and the rest of
-the package is written against the small typed functions below. The names are imported inside the functions: importing
-this module costs nothing, and a name that went away fails with the feature that needs it and not with the package.
+Private names move between releases. With all of them here, a new torch release is answered in one place, and
+the rest of the package is written against the small typed functions below. The names are imported inside the
+functions: importing this module costs nothing, and a name that went away fails with the feature that needs it
+and not with the package.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import fx
 
 
-# ------------------------------------------------------------------------------------------------- Inductor's options
+# ----------------------------------------------------------------------------------------- Inductor's options
 @functools.cache
 def inductor_options() -> Mapping[str, object]:
     """Inductor's settings: dotted name -> declared type (a class, a union or a generic alias)."""
@@ -35,7 +36,7 @@ def inductor_modes() -> Mapping[str, Mapping[str, object]]:
     return list_mode_options()
 
 
-# -------------------------------------------------------------------------------------------------- the C++ toolchain
+# ------------------------------------------------------------------------------------------ the C++ toolchain
 def inductor_cache_dir() -> Path:
     """The folder under which Inductor keeps generated code; the folder is made if it is missing."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
@@ -55,7 +56,8 @@ def cpp_compiler() -> str | None:
 
 
 def cpp_isa() -> str | None:
-    """The vector instruction set Inductor builds for ("avx512", "avx2", "asimd" ...), or None for scalar code."""
+    """The vector instruction set Inductor builds for ("avx512", "avx2", "asimd" ...), or None for scalar
+    code."""
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
     isa = pick_vec_isa()
@@ -76,9 +78,10 @@ def cpp_build(name: str, source: Path, folder: Path) -> Path:
     return Path(builder.get_target_file_path())
 
 
-# ---------------------------------------------------------------------------------------------------- Dynamo's graphs
+# -------------------------------------------------------------------------------------------- Dynamo's graphs
 def size_hint(size: object) -> int | None:
-    """A size as an integer: itself, the example value behind a `SymInt`, `None` when it has none (unbacked)."""
+    """A size as an integer: itself, the example value behind a `SymInt`, `None` when it has none
+    (unbacked)."""
     if isinstance(size, int):
         return size
     if not isinstance(size, torch.SymInt):
@@ -90,7 +93,8 @@ def size_hint(size: object) -> int | None:
 
 
 def graph_mode(graph: fx.Graph) -> Any:
-    """The fake-tensor mode that the graph's example values live in (not the one a compile runs in), or None."""
+    """The fake-tensor mode that the graph's example values live in (not the one a compile runs in), or
+    None."""
     for node in graph.nodes:
         mode = getattr(node.meta.get("example_value"), "fake_mode", None)
         if mode is not None:
@@ -112,7 +116,8 @@ def compile_example(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def placeholder_source(node: fx.Node) -> str:
-    """Dynamo's name of what a placeholder stands for: "L['self']._modules['fc']._parameters['weight']", or ""."""
+    """Dynamo's name of what a placeholder stands for: "L['self']._modules['fc']._parameters['weight']", or
+    ""."""
     source = getattr(node, "_dynamo_source", None)
     if source is None:
         return ""
@@ -121,9 +126,10 @@ def placeholder_source(node: fx.Node) -> str:
 
 
 def add_placeholder(graph: fx.Graph, name: str, tensor: torch.Tensor) -> fx.Node:
-    """A new graph input at the insert point for a tensor that the backend supplies: no user source, no guards."""
+    """A new graph input at the insert point for a tensor that the backend supplies: no user source, no
+    guards."""
     node = graph.placeholder(name)
-    node._dynamo_source = None  # type: ignore[attr-defined]
+    node._dynamo_source = None
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     mode = graph_mode(graph)
     node.meta["example_value"] = tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)
@@ -132,7 +138,8 @@ def add_placeholder(graph: fx.Graph, name: str, tensor: torch.Tensor) -> fx.Node
 
 def clone_graph(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy that may be edited. Dynamo reads its own graph's placeholders after the backend returns."""
-    graph, mapping = fx.Graph(), {}
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(gm.graph, mapping))
     for old, new in mapping.items():
         if hasattr(old, "_dynamo_source"):
@@ -145,12 +152,12 @@ def clone_graph(gm: fx.GraphModule) -> fx.GraphModule:
     return result
 
 
-# --------------------------------------------------------------------------------------------------- Inductor's entry
+# ------------------------------------------------------------------------------------------- Inductor's entry
 class Fingerprint:
     """Makes Inductor's and AOTAutograd's disk caches see our passes, recipe and kernels.
 
-    Both caches key on Inductor's configuration, so the fingerprint rides there as a post-grad pass that does nothing but
-    carry a `uuid`.
+    Both caches key on Inductor's configuration, so the fingerprint rides there as a post-grad pass that does
+    nothing but carry a `uuid`.
     """
 
     @staticmethod
@@ -158,7 +165,7 @@ class Fingerprint:
         """Configuration entries that carry `text`."""
         from torch._inductor.custom_graph_pass import CustomGraphPass
 
-        class Carrier(CustomGraphPass):  # type: ignore[misc]
+        class Carrier(CustomGraphPass):
             def __init__(self, text: str) -> None:
                 self.text = text
 
@@ -181,8 +188,9 @@ def compile_fx(
     """Inductor on a Dynamo graph; `config` holds for forward and (lazily compiled) backward."""
     from torch._inductor import compile_fx as module
 
+    values: Any = list(inputs)
     compiled = module.compile_fx(
-        gm, list(inputs), inner_compile=inner_compile or module.compile_fx_inner, config_patches=dict(config)
+        gm, values, inner_compile=inner_compile or module.compile_fx_inner, config_patches=dict(config)
     )
     return cast("Callable[..., Any]", compiled)
 
@@ -194,7 +202,7 @@ def inner_compile() -> Callable[..., Any]:
     return cast("Callable[..., Any]", compile_fx_inner)
 
 
-# ------------------------------------------------------------------------------------------------ Inductor's lowerings
+# --------------------------------------------------------------------------------------- Inductor's lowerings
 def inductor_lowerings() -> Mapping[object, object]:
     """Operators that Inductor knows how to lower."""
     from torch._inductor.lowering import lowerings
@@ -238,7 +246,8 @@ def contiguous(value: Any) -> Any:
 
 
 def rows_with_one_stride(value: Any) -> Any:
-    """An IR value in memory whose rows are dense and lie at one common distance; copied only if they do not."""
+    """An IR value in memory whose rows are dense and lie at one common distance; copied only if they do
+    not."""
     from torch._inductor import ir
     from torch._inductor.virtualized import V
 
@@ -270,21 +279,24 @@ def extern_cpp_kernel(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Any:
-    """An IR node that calls `extern "C" void kernel(inputs..., output, scalars...)` from the generated wrapper.
+    """An IR node that calls `extern "C" void kernel(inputs..., output, scalars...)` from the generated
+    wrapper.
 
-    The text is built with Inductor's C++ builder, once per distinct text, in parallel with Inductor's own kernels.
+    The text is built with Inductor's C++ builder, once per distinct text, in parallel with Inductor's own
+    kernels.
     """
     from torch._inductor import ir
     from torch._inductor.virtualized import V
 
-    class CppCall(ir.ExternKernelOut):  # type: ignore[misc]
+    class CppCall(ir.ExternKernelOut):
         def codegen(self, wrapper: Any) -> None:
             body = f"async_compile.cpp_pybinding({list(argtypes)!r}, r'''\n{source}\n''')\n"
             kernel = wrapper.src_to_kernel.get(body)
             if kernel is None:
                 kernel = wrapper.src_to_kernel[body] = f"{name}_{wrapper.next_kernel_suffix()}"
                 wrapper.define_kernel(kernel, body, gpu=False)
-            tensors = [*(item.codegen_reference() for item in self.inputs), self.codegen_reference()]
+            nodes: list[Any] = [*self.inputs, self]
+            tensors = [item.codegen_reference() for item in nodes]
             numbers = [wrapper.codegen_python_sizevar(V.graph.sizevars.simplify(_expr(s))) for s in scalars()]
             wrapper.writeline(f"{kernel}({', '.join([*tensors, *numbers])})")
 
@@ -298,14 +310,15 @@ def extern_cpp_kernel(
     return ir.TensorBox.create(CppCall(layout=layout, inputs=list(inputs), python_kernel_name=name))
 
 
-# ------------------------------------------------------------------------------------------------------- CPU kernels
+# ------------------------------------------------------------------------------------------------ CPU kernels
 def cpu_has_vnni() -> bool:
     """Whether this machine has AVX-512 with the 8-bit dot product."""
     return bool(torch.cpu._is_vnni_supported())
 
 
 def load_cpp_kernel(argtypes: Sequence[str], source: str, flags: Sequence[str] = ()) -> Callable[..., None]:
-    """Build (or find on disk) C++ text whose `extern "C" void kernel(...)` is called with tensors and integers."""
+    """Build (or find on disk) C++ text whose `extern "C" void kernel(...)` is called with tensors and
+    integers."""
     from torch._inductor.codecache import CppPythonBindingsCodeCache
 
     loaded = CppPythonBindingsCodeCache.load_pybinding(list(argtypes), source, extra_flags=tuple(flags))
@@ -317,14 +330,16 @@ def uncompiled(model: Any) -> Any:
     return getattr(model, "_orig_mod", getattr(model, "_torchdynamo_orig_callable", model))
 
 
-# ------------------------------------------------------------------------------- functional graphs, for outlining
+# --------------------------------------------------------------------------- functional graphs, for outlining
 def size_expression(size: object) -> Any:
-    """What a symbolic size, float or boolean stands for: a sympy expression. A plain number is returned as it is."""
+    """What a symbolic size, float or boolean stands for: a sympy expression. A plain number is returned as it
+    is."""
     return size.node.expr if isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool) else size
 
 
 def size_symbols(value: object) -> frozenset[Any]:
-    """The size symbols that a value mentions: a size, a tensor's sizes, strides and offset, or a tuple of such."""
+    """The size symbols that a value mentions: a size, a tensor's sizes, strides and offset, or a tuple of
+    such."""
     if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
         return frozenset(value.node.expr.free_symbols)
     if isinstance(value, torch.Tensor) and value.layout is torch.strided:
@@ -351,7 +366,8 @@ def is_fake(tensor: object) -> bool:
 
 
 def why_whole(options: Mapping[str, Any]) -> str:
-    """Why a graph has to be handed to Inductor in one piece, judged by what its inner compile is called with, or ""."""
+    """Why a graph has to be handed to Inductor in one piece, judged by what its inner compile is called with,
+    or ""."""
     from torch._functorch import config as functorch
     from torch._inductor import config
     from torch._inductor.virtualized import V
@@ -419,12 +435,14 @@ def trim_memory() -> None:
 
 
 def skip_module_guards(guards: Sequence[Any]) -> list[bool]:
-    """A guard filter that keeps checks on inputs and drops those on modules, as `torch.compiler` offers it."""
-    return list(torch.compiler.skip_guard_on_all_nn_modules_unsafe(guards))  # type: ignore[arg-type]
+    """A guard filter that keeps checks on inputs and drops those on modules, as `torch.compiler` offers
+    it."""
+    return list(torch.compiler.skip_guard_on_all_nn_modules_unsafe(guards))
 
 
 def stride_hints(value: object) -> tuple[int, ...] | None:
-    """A tensor's strides as integers (the example values behind symbols), or None for what is no strided tensor."""
+    """A tensor's strides as integers (the example values behind symbols), or None for what is no strided
+    tensor."""
     if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
         return None
     found = [size_hint(s) for s in value.stride()]

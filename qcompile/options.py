@@ -60,9 +60,7 @@ P = TypeVar("P", bound=NamedPass)
 
 def _check_pass(value: object, key: str) -> NamedPass:
     if isinstance(value, type) or not isinstance(value, NamedPass):
-        raise _value_error(
-            key, value, "a pass: an instance (not a class) with a name, a stage and a fingerprint()"
-        )
+        raise _value_error(key, value, "a pass: an instance (not a class) with a name, a stage and a fingerprint()")
     if not (isinstance(value.name, str) and value.name):
         raise _value_error(f"{key}.name", value.name, "a non-empty string")
     return value
@@ -114,18 +112,12 @@ class PassEdits:
                 )
         insert, drop = value.get("insert", ()), value.get("drop", ())
         exchange = value.get("replace", {})
-        if isinstance(drop, str) or not (
-            isinstance(drop, Sequence) and all(isinstance(n, str) for n in drop)
-        ):
+        if isinstance(drop, str) or not (isinstance(drop, Sequence) and all(isinstance(n, str) for n in drop)):
             raise _value_error("passes.drop", drop, "a list of pass names")
         if not (isinstance(exchange, Mapping) and all(isinstance(n, str) for n in exchange)):
-            raise _value_error(
-                "passes.replace", exchange, "a mapping from a pass's name to the pass to run instead"
-            )
+            raise _value_error("passes.replace", exchange, "a mapping from a pass's name to the pass to run instead")
         if isinstance(insert, str) or not isinstance(insert, Sequence):
-            raise _value_error(
-                "passes.insert", insert, 'a list of ("before" or "after", pass name, new pass)'
-            )
+            raise _value_error("passes.insert", insert, 'a list of ("before" or "after", pass name, new pass)')
         return cls(
             tuple(cls._insertion(entry) for entry in insert),
             tuple((name, _check_pass(new, f"passes.replace.{name}")) for name, new in exchange.items()),
@@ -216,9 +208,7 @@ def _folder(key: str, value: object) -> Path | None:
         raise _value_error(key, value, "a folder, or None")
     folder = Path(value).expanduser()
     if folder.exists() and not folder.is_dir():
-        raise _value_error(
-            key, value, "a folder, but this is a file", fix="name a folder; it is made if it is missing"
-        )
+        raise _value_error(key, value, "a folder, but this is a file", fix="name a folder; it is made if it is missing")
     return folder
 
 
@@ -284,9 +274,7 @@ class Options:
             object.__setattr__(self, key, check(key, getattr(self, key)))
 
     @classmethod
-    def parse(
-        cls, options: Options | Mapping[str, Any] | None = None, mode: str | None = None, **more: Any
-    ) -> Options:
+    def parse(cls, options: Options | Mapping[str, Any] | None = None, mode: str | None = None, **more: Any) -> Options:
         """Read what `torch.compile` hands a backend.
 
         options: one mapping of our keys and Inductor's (dotted, "-" read as "_"), or an `Options`.

@@ -1,7 +1,7 @@
 """Save and load converted models: one safetensors file of plain tensors, one JSON file of schemes.
 
-`load` fills a model that was built without weights (for example under `torch.device("meta")`) tensor by tensor from the
-memory-mapped file, so the float weights of the target never exist, all at once or one by one.
+`load` fills a model that was built without weights (for example under `torch.device("meta")`) tensor by
+tensor from the memory-mapped file, so the float weights of the target never exist, all at once or one by one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from qcompile.convert import FLOATS, PackedWeight, attach, packed_weights
+from qcompile.conversion import FLOATS, PackedWeight, attach, packed_weights
 from qcompile.errors import QCError
 
 VERSION = 1
@@ -44,7 +44,7 @@ def save(model: nn.Module, path: str | Path) -> Path:
     aliases: dict[str, str] = {}
     seen: dict[tuple[int, int, tuple[int, ...]], str] = {}
     for name, tensor in _state(model):
-        key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
+        key = (tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()), tuple(tensor.shape))
         if tensor.numel() and key in seen:
             aliases[name] = seen[key]
         else:
@@ -86,7 +86,10 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
         file = safe_open(str(folder / TENSORS), framework="pt")
     except (OSError, json.JSONDecodeError, SafetensorError) as error:
         raise QCError(
-            "load.path", f"cannot read a saved model from {folder}", why=str(error), next="give the folder given to save"
+            "load.path",
+            f"cannot read a saved model from {folder}",
+            why=str(error),
+            next="give the folder given to save",
         ) from error
     if manifest.get("version") != VERSION:
         raise QCError("load.version", f"{folder} has format version {manifest.get('version')!r}, not {VERSION}")
@@ -123,22 +126,22 @@ def _attach(model: nn.Module, path: str, entry: dict[str, Any], reader: _Reader)
     try:
         module = model.get_submodule(path)
     except AttributeError as error:
-        raise QCError("load.module", f"the model has no module {path!r}", next="build the saved architecture") from error
+        raise QCError(
+            "load.module", f"the model has no module {path!r}", next="build the saved architecture"
+        ) from error
     prefix = f"{path}.parametrizations.weight.original" if path else "parametrizations.weight.original"
     count = 0
     while f"{prefix}{count}" in reader:
         count += 1
-    packed = PackedWeight(
-        entry["scheme"], entry["n"], entry["k"], getattr(torch, entry["dtype"]), entry["transposed"]
-    )
+    packed = PackedWeight(entry["scheme"], entry["n"], entry["k"], getattr(torch, entry["dtype"]), entry["transposed"])
     if isinstance(getattr(module, "parametrizations", None), nn.ModuleDict):
         raise QCError("load.module", f"module {path!r} is converted already", next="load into a float or meta model")
     attach(module, packed, [reader(f"{prefix}{i}") for i in range(count)])
 
 
 def _state(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """All parameters and buffers, tied ones under each name; buffers that `state_dict` leaves out too, because a model
-    built on the meta device has no other way to get them."""
+    """All parameters and buffers, tied ones under each name; buffers that `state_dict` leaves out too,
+    because a model built on the meta device has no other way to get them."""
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
 

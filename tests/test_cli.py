@@ -65,9 +65,7 @@ def test_doctor_with_a_cache_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     done = run("doctor", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "file" / "cache"))
     assert done.returncode == 1
-    assert any(
-        line.startswith("cache folder: set TORCHINDUCTOR_CACHE_DIR") for line in done.stdout.splitlines()
-    )
+    assert any(line.startswith("cache folder: set TORCHINDUCTOR_CACHE_DIR") for line in done.stdout.splitlines())
 
 
 def test_a_check_that_raises_is_a_finding() -> None:

@@ -137,9 +137,7 @@ def check_our_command(words: list[str]) -> None:
         options = {name for one in known[words[0]].params for name in one.opts} | {"--help"}
         for word in words[1:]:
             flag = word.partition("=")[0]
-            assert not flag.startswith("-") or flag in options, (
-                f"`qcompile {words[0]} {flag}`: no such option"
-            )
+            assert not flag.startswith("-") or flag in options, f"`qcompile {words[0]} {flag}`: no such option"
 
 
 def check_page(page: str, name: str, folder: Path) -> int:
@@ -151,9 +149,7 @@ def check_page(page: str, name: str, folder: Path) -> int:
                 check_command(words)
             count += 1
         else:
-            assert block.language in PROSE | {"python", "py"}, (
-                f"{name}:{block.line}: language {block.language!r}"
-            )
+            assert block.language in PROSE | {"python", "py"}, f"{name}:{block.line}: language {block.language!r}"
     return count
 
 

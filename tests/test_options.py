@@ -65,9 +65,7 @@ def test_an_options_record_may_be_passed_as_options() -> None:
 
 
 def test_keywords_of_a_partial_are_options() -> None:
-    assert functools.partial(Options.parse, recipe="int4")(options={"seed": 1}) == Options(
-        recipe="int4", seed=1
-    )
+    assert functools.partial(Options.parse, recipe="int4")(options={"seed": 1}) == Options(recipe="int4", seed=1)
     with pytest.raises(QCError, match="both a keyword and a key"):
         Options.parse({"seed": 1}, seed=2)
 

@@ -91,9 +91,7 @@ def test_the_layer_check_sees_an_import_upwards(tmp_path: Path) -> None:
     import sys
 
     for name in ("qcompile", "passes", "codegen"):
-        shutil.copytree(
-            ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
-        )
+        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     (tmp_path / "passes" / "forbidden.py").write_text("import qcompile.codegen\n", encoding="utf-8")
     done = subprocess.run(

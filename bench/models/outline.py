@@ -2,10 +2,11 @@
 
     python bench/models/outline.py [prefill] [decode] [--layers 30] [--profile]
 
-The model has the shape of SmolLM2-135M and random weights: neither compile time nor run time depends on the values. Every
-first call is measured in a process of its own with an empty Inductor cache, so that no kernel, no precompiled header and
-no cached graph helps it. Calls are measured in one process that holds both compiled models and calls them in turn, so
-that a busy moment of the machine hits both; the ratio is that of the medians.
+The model has the shape of SmolLM2-135M and random weights: neither compile time nor run time depends on the
+values. Every first call is measured in a process of its own with an empty Inductor cache, so that no kernel,
+no precompiled header and no cached graph helps it. Calls are measured in one process that holds both compiled
+models and calls them in turn, so that a busy moment of the machine hits both; the ratio is that of the
+medians.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def llama(layers: int) -> Any:
 
 
 def step(model: Any, scenario: str, compiled: Callable[..., Any]) -> Callable[[], Any]:
-    """One call of the scenario: 128 tokens without a cache, or one token behind 128 with a static cache of 256."""
+    """One call: 128 tokens without a cache, or one token behind 128 with a static cache of 256."""
     import torch
     from transformers import StaticCache
 
@@ -79,7 +80,13 @@ def backend(outlined: bool, seen: list[str]) -> Callable[..., Any]:
     def compile_graph(gm: Any, inputs: Any) -> Any:
         inner = outline(report=lambda r: seen.append(str(r))) if outlined else None
         return compat.compile_fx(
-            gm, inputs, inner_compile=inner, config=compat.Fingerprint.patch(f"outline={outlined}")
+            gm,
+            inputs,
+            inner_compile=inner,
+            config={
+                **compat.Fingerprint.patch(f"outline={outlined}"),
+                **json.loads(os.environ.get("CFG", "{}")),
+            },
         )
 
     return compile_graph

@@ -85,10 +85,17 @@ def group_blocks(scheme: Scheme) -> int:
 
 
 def arithmetic(spec: KernelSpec) -> str:
-    """"digits1", "digits2" or "float": how products are formed (a key of the tuning table)."""
+    """ "digits1", "digits2" or "float": how products are formed (a key of the tuning table)."""
     if not WeightCode.of(spec.weight.format).integer:
         return "float"
     return "digits2" if spec.act is None else "digits1"
+
+
+def _levels(fmt: Format) -> str:
+    """Value by code, padded to 16 entries; codes that mean no number are never stored."""
+    values = [v if math.isfinite(v) else 0.0 for v in fmt.values]
+    values += [0.0] * (16 - len(values))
+    return f"constexpr float LEVELS[{len(values)}] = {{{', '.join(map(literal, values))}}};"
 
 
 def _constants(spec: KernelSpec, isa: str) -> str:
@@ -100,13 +107,13 @@ def _constants(spec: KernelSpec, isa: str) -> str:
         shift, offset = shift + width, offset + 64 * width
     zero = {"z": "POINT", "m": "MINIMUM"}.get(spec.weight.scale.zero or "", "NONE")
     top = 0 if spec.act is None else int(spec.act.format.max)
-    values = {
+    values: dict[str, dict[str, object]] = {
         "bool": {"MAP": bool(code.table), "PAIRED": spec.paired, "ROUNDED": spec.act is not None},
         "int": {
             "PLANE_COUNT": len(planes),
             "BITS": spec.weight.format.bits,
             "OFFSET": code.offset,
-            "CODE_TOP": code.top,
+            "CODE_TOP": max(code.top, 1),
             "DIGITS": 2 if how == "digits2" else 1,
             "GB": group_blocks(spec.weight),
             "TOP": top or 127,
@@ -121,6 +128,11 @@ def _constants(spec: KernelSpec, isa: str) -> str:
         },
         "float": {"LEVEL_SCALE": literal(code.factor)},
     }
+    if how == "float":
+        fmt = spec.weight.format
+        fields = (fmt.exponent, fmt.mantissa, fmt.bias) if fmt.kind == "float" else (0, 0, 0)
+        values["int"] |= dict(zip(("EXPONENT", "MANTISSA", "BIAS"), fields, strict=True))
+        values["float"]["SMALLEST"] = literal(2.0 ** (1 - fields[2] - fields[1]))
     table = ", ".join(map(str, code.table or (0,) * 16))
     return "\n".join(
         [
@@ -129,6 +141,7 @@ def _constants(spec: KernelSpec, isa: str) -> str:
             f"constexpr Plane PLANES[] = {{{', '.join(planes)}}};",
             f"constexpr Zero ZERO = Zero::{zero};",
             f"alignas(16) constexpr uint8_t LEVELS8[16] = {{{table}}};",
+            *([_levels(spec.weight.format)] if how == "float" else []),
             *(
                 f"constexpr {kind} {name} = {str(value).lower() if kind == 'bool' else value};"
                 for kind, group in values.items()
@@ -175,9 +188,7 @@ def _entry(spec: KernelSpec) -> tuple[str, tuple[str, ...]]:
     for i in range(spec.segments):
         pointers += [(f"codes{i}", "uint8_t", True), (f"scale{i}", SCALES[spec.weight.scale.format.name][1], True)]
         if zero:
-            pointers.append(
-                (f"zero{i}", "uint8_t" if zero == "z" else SCALES[spec.weight.scale.format.name][1], True)
-            )
+            pointers.append((f"zero{i}", "uint8_t" if zero == "z" else SCALES[spec.weight.scale.format.name][1], True))
         segments.append(f"{{codes{i}, scale{i}, {f'zero{i}' if zero else 'nullptr'}, N{i}, 0, 0}}")
     pointers += [(f"e{i}", DTYPES[dtype][1], True) for i, (_, dtype) in enumerate(spec.extras)]
     pointers.append(("y", DTYPES[spec.y][1], False))
@@ -201,9 +212,7 @@ def kernel_text(spec: KernelSpec, isa: str) -> tuple[str, tuple[str, ...]]:
     target = ""
     if isa in TARGETS:
         macro, features = TARGETS[isa]
-        target = (
-            f'#if !defined({macro}) && defined(__GNUC__)\n#pragma GCC target("{features}")\n#endif\n'
-        )
+        target = f'#if !defined({macro}) && defined(__GNUC__)\n#pragma GCC target("{features}")\n#endif\n'
     pieces = [
         f"// qmm {spec}, instruction set {isa}\n",
         target,

@@ -1,15 +1,16 @@
 """Rewrite every spelling of "activation times weight" into `F.linear`.
 
-`x @ w`, `x @ w.T`, `mm`, `addmm`, `bmm`, `baddbmm`, `einsum`, HF `Conv1D`, weight on the left: all become one node kind
-with the weight as `[n, k]`, so that every later pass matches one thing.  The reshapes and transposes that this needs on
-the activation side are views; those on the weight side disappear into the weight expression.
+`x @ w`, `x @ w.T`, `mm`, `addmm`, `bmm`, `baddbmm`, `einsum`, HF `Conv1D`, weight on the left: all become one
+node kind with the weight as `[n, k]`, so that every later pass matches one thing. The reshapes and
+transposes that this needs on the activation side are views; those on the weight side disappear into the
+weight expression.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -26,7 +27,7 @@ LINEAR = F.linear
 class Canonicalize(Pass):
     """Contractions with a weight operand become `F.linear`; see the module docstring."""
 
-    name = "canonicalize"
+    name: ClassVar[str] = "canonicalize"
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> None:
         constants = constant_nodes(gm.graph, ctx.inputs)
@@ -147,7 +148,10 @@ def _einsum(build: _Builder, node: fx.Node) -> fx.Node | None:
     repeated = len(set(first)) < len(first) or len(set(second)) < len(second)
     if repeated or not contracted or not columns or set(rows) & set(columns) or sorted(out) != sorted(rows + columns):
         return None
-    size = {**dict(zip(first, shape_of(x) or (), strict=True)), **dict(zip(second, shape_of(w) or (), strict=True))}
+    size = {
+        **dict(zip(first, shape_of(x) or (), strict=True)),
+        **dict(zip(second, shape_of(w) or (), strict=True)),
+    }
     x = build.call(torch.permute, x, [first.index(c) for c in rows + contracted])
     w = build.call(torch.permute, w, [second.index(c) for c in columns + contracted])
     if len(contracted) > 1:

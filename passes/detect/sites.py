@@ -1,14 +1,14 @@
 """List the sites of a canonical graph, each with what the ledger needs and a reason when nothing can be done.
 
-A site is any contraction or lookup, also those that stay float: coverage is a share of all contraction FLOPs, and a
-convolution that is skipped must be seen to be skipped.
+A site is any contraction or lookup, also those that stay float: coverage is a share of all contraction FLOPs,
+and a convolution that is skipped must be seen to be skipped.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -28,7 +28,7 @@ _CONVOLUTION = "convolutions are not quantized yet"
 class Detect(Pass):
     """Tag every contraction and lookup with a site index and enter it into the plan."""
 
-    name = "detect"
+    name: ClassVar[str] = "detect"
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> None:
         constants = constant_nodes(gm.graph, ctx.inputs)

@@ -1,9 +1,9 @@
 """Weights as expressions of parameters.
 
-A linear's weight operand is rarely the bare parameter: it may be a chunk of a fused qkv matrix, a transpose (HF
-`Conv1D`), a cast, or the decode of packed buffers.  Instead of listing such cases, this module finds every node that is
-a pure function of parameters, and turns the ones that end as an operand into a `WeightExpression` that can be evaluated
-on the real parameters now and again whenever they change.
+A linear's weight operand is rarely the bare parameter: it may be a chunk of a fused qkv matrix, a transpose
+(HF `Conv1D`), a cast, or the decode of packed buffers. Instead of listing such cases, this module finds
+every node that is a pure function of parameters, and turns the ones that end as an operand into a
+`WeightExpression` that can be evaluated on the real parameters now and again whenever they change.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def parameter_path(node: fx.Node) -> str:
     """Module path of a parameter placeholder: "model.layers.0.mlp.up_proj.weight"."""
     source = compat.placeholder_source(node)
     keys = []
-    for piece in source.replace("._modules[", "[").replace("._parameters[", "[").replace("._buffers[", "[").split("[")[1:]:
+    for piece in (
+        source.replace("._modules[", "[").replace("._parameters[", "[").replace("._buffers[", "[").split("[")[1:]
+    ):
         name, _, rest = piece.partition("]")
         keys.append(name.strip("'\""))
         keys += [part for part in rest.split(".") if part]
@@ -84,7 +86,8 @@ def constant_nodes(graph: fx.Graph, inputs: Mapping[str, Any]) -> set[fx.Node]:
 
 
 def _written(graph: fx.Graph, constants: set[fx.Node]) -> set[fx.Node]:
-    """Nodes that share storage with a parameter the graph itself writes to: those are not constant within a call."""
+    """Nodes that share storage with a parameter the graph itself writes to: those are not constant within a
+    call."""
     written: set[fx.Node] = set()
     for node in graph.nodes:
         name = op_name(node)
@@ -126,9 +129,7 @@ def weight_of(node: Any, constants: set[fx.Node]) -> Weight | None:
     return Weight(node, tuple(roots), expression, path, packed, tuple(chain))
 
 
-def expression_of(
-    node: fx.Node, roots: Sequence[fx.Node], chain: Sequence[fx.Node], path: str
-) -> WeightExpression:
+def expression_of(node: fx.Node, roots: Sequence[fx.Node], chain: Sequence[fx.Node], path: str) -> WeightExpression:
     """Copy the chain into a graph of its own, so that it outlives the graph it was found in."""
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
@@ -149,10 +150,11 @@ def expression_of(
 
 
 def packed_rows(weight: Weight) -> tuple[int, int] | None:
-    """Which rows of its packed table a weight expression reads, `(first row, rows)`; `None` when it is no row range.
+    """Which rows of its packed table a weight expression reads, `(first row, rows)`; `None` when it is no row
+    range.
 
-    Packed parts can only be used through views that keep whole rows.  Strides and offset of the view decide that, on
-    a tensor without storage, so any chain of transposes that cancels out is seen through.
+    Packed parts can only be used through views that keep whole rows. Strides and offset of the view decide
+    that, on a tensor without storage, so any chain of transposes that cancels out is seen through.
     """
     assert weight.packed is not None
     n, k = int(weight.packed.args[2]), int(weight.packed.args[3])  # type: ignore[arg-type]
@@ -161,7 +163,7 @@ def packed_rows(weight: Weight) -> tuple[int, int] | None:
     # `meta` keeps sizes, strides and offset, and runs no arithmetic.
     probe = torch.empty(n, k, device="meta")
     view = weight.expression.evaluate(probe)
-    first, rest = divmod(view.storage_offset(), k)
+    first, rest = divmod(int(view.storage_offset()), k)
     same_storage = view.untyped_storage()._cdata == probe.untyped_storage()._cdata
     if not same_storage or rest or view.dim() != 2 or view.shape[1] != k or view.stride() != (k, 1):
         return None

@@ -1,13 +1,14 @@
 """Replace float weights by packed tensors from the store, and contractions by `qmm` / `qembedding`.
 
-Packed tensors become extra graph inputs in front of the user's; a float weight that nobody reads any more stops being an
-input at all.  The wrapper in `runtime.frozen` keeps the calling convention.
+Packed tensors become extra graph inputs in front of the user's; a float weight that nobody reads any more
+stops being an input at all. The wrapper in `runtime.frozen` keeps the calling convention.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import fx
@@ -33,7 +34,7 @@ class _Packed:
 class Freeze(Pass):
     """Encode once, feed packed tensors as inputs; see the module docstring."""
 
-    name = "freeze"
+    name: ClassVar[str] = "freeze"
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> None:
         work = _Freezer(gm.graph, ctx)
@@ -53,7 +54,11 @@ class Freeze(Pass):
             work.matmul(members)
         gm.graph.eliminate_dead_code()
         for node in list(gm.graph.nodes):
-            if node.op == "placeholder" and not node.users and isinstance(ctx.inputs.get(node.name), torch.nn.Parameter):
+            if (
+                node.op == "placeholder"
+                and not node.users
+                and isinstance(ctx.inputs.get(node.name), torch.nn.Parameter)
+            ):
                 gm.graph.erase_node(node)
 
 
@@ -122,14 +127,17 @@ class _Freezer:
             self.graph.erase_node(node)
 
     def bias(self, nodes: Sequence[fx.Node], biases: Sequence[fx.Node | None], rows: Sequence[int]) -> fx.Node | None:
-        """The bias over all columns: the operand itself for one member, a frozen concatenation for a group."""
+        """The bias over all columns: the operand itself for one member, a frozen concatenation for a
+        group."""
         if all(bias is None for bias in biases):
             return None
         if len(nodes) == 1:
             return biases[0]
         found = [None if bias is None else weight_of(bias, self.constants) for bias in biases]
         roots = [root for weight in found if weight is not None for root in weight.roots]
-        text = f"bias {list(rows)} " + " | ".join("none" if weight is None else weight.expression.text for weight in found)
+        text = f"bias {list(rows)} " + " | ".join(
+            "none" if weight is None else weight.expression.text for weight in found
+        )
 
         def evaluate(*values: torch.Tensor) -> torch.Tensor:
             rest, pieces = list(values), []
@@ -160,19 +168,30 @@ class _Freezer:
         return _Packed(self.inputs(entry, weight.roots), int(value.shape[0]))
 
     def account(
-        self, node: fx.Node, scheme: Scheme, key: tuple[object, ...], before: int, after: int, entry: Entry | None
+        self,
+        node: fx.Node,
+        scheme: Scheme,
+        key: tuple[object, ...],
+        before: int,
+        after: int,
+        entry: Entry | None,
     ) -> None:
-        """Bytes go to the first site that reads an entry, so that sums over the ledger are what memory holds."""
+        """Bytes go to the first site that reads an entry, so that sums over the ledger are what memory
+        holds."""
         fresh = key not in self.counted
         self.counted.add(key)
         self.ctx.plan.update(
-            node.meta[SITE], bytes_before=before if fresh else 0, bytes_after=after if fresh else 0, entry=entry
+            node.meta[SITE],
+            bytes_before=before if fresh else 0,
+            bytes_after=after if fresh else 0,
+            entry=entry,
         )
 
     def already_packed(self, weight: Weight) -> tuple[_Packed, int, int]:
         assert weight.packed is not None
         parts, rows = weight.packed.args[0], packed_rows(weight)
-        assert isinstance(parts, (list, tuple)) and rows is not None
+        assert isinstance(parts, (list, tuple))
+        assert rows is not None
         first, count = rows
         nodes = tuple(parts)
         total = shape_of(parts[0])

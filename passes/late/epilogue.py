@@ -1,9 +1,10 @@
 """Grow each `qmm` by the pointwise work that follows it.
 
-On the functional graph a linear's bias, activation, gate and residual are plain ATen pointwise nodes in whatever form
-AOTAutograd decomposed them to (`silu` arrives as `x / (1 + exp(-x))`).  Instead of listing patterns this pass absorbs
-*any* pointwise region that hangs on one matmul and leaves it through one node, and writes it down as the matmul's
-epilogue expression.  Two segments that are only combined with each other (`silu(gate) * up`) become a pair epilogue.
+On the functional graph a linear's bias, activation, gate and residual are plain ATen pointwise nodes in
+whatever form AOTAutograd decomposed them to (`silu` arrives as `x / (1 + exp(-x))`). Instead of listing
+patterns this pass absorbs *any* pointwise region that hangs on one matmul and leaves it through one node, and
+writes it down as the matmul's epilogue expression. Two segments that are only combined with each other
+(`silu(gate) * up`) become a pair epilogue.
 """
 
 from __future__ import annotations
@@ -12,18 +13,20 @@ import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import fx
 
 from qcompile.ir.matmul import DTYPE_NAMES, MatmulSpec
-from qcompile.passes.base import Pass, PassContext, call_order
+from qcompile.passes.base import Pass, PassContext, Stage, call_order
 from qcompile.passes.match import op_name, value_of
 
 MAX_REGION = 24
 MAX_EXTRAS = 4
 MAX_TEXT = 1000  # shared subexpressions are written out; beyond this a region is better left to Inductor
-# ATen name -> template over operand expressions. Arithmetic is fp32 whatever the graph's dtypes, like Inductor's own.
+# ATen name -> template over operand expressions. Arithmetic is fp32 whatever the graph's dtypes, like
+# Inductor's own.
 _POINTWISE: Mapping[str, str] = {
     "add": "({0}+{1})",
     "sub": "({0}-{1})",
@@ -41,7 +44,13 @@ _POINTWISE: Mapping[str, str] = {
     "clone": "{0}",
     "alias": "{0}",
 }
-_POWERS: Mapping[float, str] = {2.0: "({0}*{0})", 3.0: "({0}*{0}*{0})", 0.5: "sqrt({0})", 1.0: "{0}", -0.5: "rsqrt({0})"}
+_POWERS: Mapping[float, str] = {
+    2.0: "({0}*{0})",
+    3.0: "({0}*{0}*{0})",
+    0.5: "sqrt({0})",
+    1.0: "{0}",
+    -0.5: "rsqrt({0})",
+}
 _FLOATS = tuple(DTYPE_NAMES)
 _EXTRA = re.compile(r"\be(\d+)\b")
 
@@ -49,8 +58,8 @@ _EXTRA = re.compile(r"\be(\d+)\b")
 class Epilogue(Pass):
     """Absorb single-exit pointwise regions into `qmm`."""
 
-    name = "epilogue"
-    stage = "post"
+    name: ClassVar[str] = "epilogue"
+    stage: ClassVar[Stage] = "post"
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> None:
         for node in [n for n in gm.graph.nodes if n.target is torch.ops.qcompile.qmm.default]:
@@ -71,7 +80,8 @@ class _Region:
 
 
 def _grow_best(qmm: fx.Node, order: Mapping[fx.Node, int]) -> _Region | None:
-    """The largest region with a single exit, over the two ways to read a qmm: whole, or by its two segments."""
+    """The largest region with a single exit, over the two ways to read a qmm: whole, or by its two
+    segments."""
     spec = MatmulSpec.parse(str(qmm.args[3]))
     if spec.epilogue not in ("", "acc+e0") or (spec.epilogue and spec.extras != ("row",)):
         return None
@@ -132,7 +142,11 @@ def _prune(region: _Region) -> _Region:
 
 
 def _absorb(
-    node: fx.Node, text: Mapping[fx.Node, str], extras: list[fx.Node], kinds: list[str], shape: Sequence[object]
+    node: fx.Node,
+    text: Mapping[fx.Node, str],
+    extras: list[fx.Node],
+    kinds: list[str],
+    shape: Sequence[object],
 ) -> str | None:
     """Expression of one node, or `None` when it cannot be part of an epilogue. May add an extra operand."""
     value = value_of(node)
@@ -163,7 +177,11 @@ def _absorb(
 
 
 def _operand(
-    operand: object, text: Mapping[fx.Node, str], extras: list[fx.Node], kinds: list[str], shape: Sequence[object]
+    operand: object,
+    text: Mapping[fx.Node, str],
+    extras: list[fx.Node],
+    kinds: list[str],
+    shape: Sequence[object],
 ) -> str | None:
     if isinstance(operand, bool) or not isinstance(operand, (int, float, fx.Node)):
         return None

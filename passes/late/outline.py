@@ -1,9 +1,9 @@
 """Outlining: repeated blocks of an inference graph are compiled once.
 
-Compile time is Python over identical layers. `outline` stands between AOTAutograd and Inductor: it cuts the functional
-graph into segments (`outline_find`), hands Inductor one graph per distinct segment, and returns a function that runs the
-segments in order (`outline_run`). The graph that is not understood, or in which nothing repeats, goes to Inductor as it
-is; either way a report says what was done and why.
+Compile time is Python over identical layers. `outline` stands between AOTAutograd and Inductor: it cuts the
+functional graph into segments (`outline_find`), hands Inductor one graph per distinct segment, and returns a
+function that runs the segments in order (`outline_run`). The graph that is not understood, or in which
+nothing repeats, goes to Inductor as it is; either way a report says what was done and why.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 from torch import fx
 
 from qcompile import compat
-from qcompile.passes.late.outline_find import MIN_NODES, NotOutlined, Segment, find, value
+from qcompile.passes.late.outline_find import MIN_NODES, Segment, find
+from qcompile.passes.late.outline_order import NotOutlined, value
 from qcompile.passes.late.outline_run import Compiled, InnerCompile, Runner, compile_bodies, program
 
 
@@ -80,14 +81,15 @@ def outline(
     """An `inner_compile` for Inductor that compiles repeated blocks once.
 
     Args:
-        inner: compiles one functional graph, with the signature of Inductor's own inner compile (the default).
+        inner: compiles one functional graph, with the signature of Inductor's inner compile (the default).
         min_repeats: how often a block must occur.
         min_nodes: how many nodes a block must have.
         report: is called once per graph with what was done.
 
     Returns:
-        A function `(gm, example_inputs, **options)`. It calls `inner` once for the graph or once per distinct segment,
-        with the same options but for `static_input_idxs`, which it renumbers. `gm` itself is not edited in the second case.
+        A function `(gm, example_inputs, **options)`. It calls `inner` once for the graph or once per distinct
+        segment, with the same options but for `static_input_idxs`, which it renumbers. `gm` itself is not
+        edited in the second case.
 
     Raises:
         Nothing of its own: whatever `inner` raises for a segment leaves as it is.
@@ -114,9 +116,7 @@ def outline(
         results = next(node for node in gm.graph.nodes if node.op == "output")
         if strides:
             compat.report_strides([_strides(result, strides) for result in results.args[0]])
-        constants = {
-            str(n.target): getattr(gm, str(n.target)) for n in results.all_input_nodes if n.op == "get_attr"
-        }
+        constants = {str(n.target): getattr(gm, str(n.target)) for n in results.all_input_nodes if n.op == "get_attr"}
         return Runner(source, bodies, constants)
 
     return inner_compile

@@ -1,9 +1,9 @@
 """Compile the bodies of an outlined graph and run its segments.
 
-Every body becomes a graph of its own and goes through the inner compile once. What runs afterwards is straight-line
-Python, generated per graph: one local variable per value, one call per segment, a `del` where a value is read for the
-last time. There is no loop, no table and no check left to pay for at run time, so a segment costs about what the compiled
-function itself costs.
+Every body becomes a graph of its own and goes through the inner compile once. What runs afterwards is
+straight-line Python, generated per graph: one local variable per value, one call per segment, a `del` where a
+value is read for the last time. There is no loop, no table and no check left to pay for at run time, so a
+segment costs about what the compiled function itself costs.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import fx
 
 from qcompile import compat
-from qcompile.passes.late.outline_find import Segment, value
+from qcompile.passes.late.outline_find import Segment
+from qcompile.passes.late.outline_order import value, written
 
 Compiled = Callable[[list[Any]], Sequence[Any]]
 InnerCompile = Callable[..., Compiled]
@@ -25,14 +25,14 @@ InnerCompile = Callable[..., Compiled]
 def body_module(gm: fx.GraphModule, segment: Segment) -> fx.GraphModule:
     """The function a segment computes, as a functional graph that takes its inputs and returns its outputs.
 
-    Writes to inputs go behind everything else (that is where compilers look for them), and every output keeps the strides
-    the graph says it has: the next segment was compiled for them.
+    Writes to inputs go behind everything else (that is where compilers look for them), and every output keeps
+    the strides the graph says it has: the next segment was compiled for them.
     """
     graph = fx.Graph()
     new: dict[fx.Node, fx.Node] = {}
     for i, node in enumerate(segment.inputs):
-        # Names enter Inductor's cache key. These keep a segment apart from a whole graph of the same text, which may
-        # choose the strides of its outputs.
+        # Names enter Inductor's cache key. These keep a segment apart from a whole graph of the same text,
+        # which may choose the strides of its outputs.
         new[node] = graph.placeholder(f"segment_input_{i}")
         new[node].meta = {**node.meta} if node.op == "placeholder" else {"val": value(node)}
     attributes: dict[str, Any] = {}
@@ -42,7 +42,7 @@ def body_module(gm: fx.GraphModule, segment: Segment) -> fx.GraphModule:
         new[node] = graph.create_node("get_attr", name)
         new[node].meta = {**node.meta}
 
-    writes = [n for n in segment.nodes if n.target is torch.ops.aten.copy_.default]
+    writes = [n for n in segment.nodes if written(n)]
     for node in (*(n for n in segment.nodes if n not in set(writes)), *writes):
         new[node] = graph.node_copy(node, new.__getitem__)
     result = graph.output(tuple(new[node] for node in segment.outputs))
@@ -90,7 +90,8 @@ def compile_bodies(
 
 
 def program(graph: fx.Graph, segments: Sequence[Segment]) -> str:
-    """Source of `run(args)`, which empties `args`. It calls `f0`, `f1`, ... (the bodies) and may name `constants`."""
+    """Source of `run(args)`, which empties `args`. It calls the bodies `f0`, `f1`, ... and may name
+    `constants`."""
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     output = next(n for n in graph.nodes if n.op == "output")
     last: dict[fx.Node, int] = {}
@@ -98,9 +99,7 @@ def program(graph: fx.Graph, segments: Sequence[Segment]) -> str:
         last.update((node, i) for node in segment.inputs)
     kept = set(output.all_input_nodes)
     last.update((node, len(segments)) for node in kept)
-    name = {
-        node: f"v{i}" for i, node in enumerate((*placeholders, *(n for s in segments for n in s.outputs)))
-    }
+    name = {node: f"v{i}" for i, node in enumerate((*placeholders, *(n for s in segments for n in s.outputs)))}
 
     lines = ["def run(args):"]
     if placeholders:
@@ -112,9 +111,7 @@ def program(graph: fx.Graph, segments: Sequence[Segment]) -> str:
         lines += _delete(name[n] for n in dict.fromkeys(segment.inputs) if last[n] == i)
         call = f"f{segment.body}(a)"
         lines.append(
-            f"    {', '.join(name[n] for n in segment.outputs)}, = {call}"
-            if segment.outputs
-            else f"    {call}"
+            f"    {', '.join(name[n] for n in segment.outputs)}, = {call}" if segment.outputs else f"    {call}"
         )
         lines += _delete(name[n] for n in segment.outputs if n not in last)
     lines.append(f"    return ({''.join(_spell(v, name) + ', ' for v in output.args[0])})")
@@ -135,8 +132,8 @@ def _spell(result: Any, name: Mapping[fx.Node, str]) -> str:
 class Runner:
     """Calls an outlined graph: boxed, as compiled graphs are (the list of arguments is emptied).
 
-    Inductor's compiled graphs do some bookkeeping around a call, which matters for the first one (tuning results,
-    metrics) and while the profiler records. All other calls go straight to the generated functions.
+    Inductor's compiled graphs do some bookkeeping around a call, which matters for the first one (tuning
+    results, metrics) and while the profiler records. All other calls go straight to the generated functions.
     """
 
     _boxed_call = True

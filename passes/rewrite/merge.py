@@ -1,11 +1,13 @@
 """Sites that read the same activation become one matmul with several segments (q/k/v, gate/up).
 
-One kernel call then quantizes the activation once, starts threads once and streams the weights back to back.  Member
-weights are not concatenated: each stays its own store entry, so a changed member re-encodes alone and a weight may sit in
-different groups of different graphs.
+One kernel call then quantizes the activation once, starts threads once and streams the weights back to back.
+Member weights are not concatenated: each stays its own store entry, so a changed member re-encodes alone and
+a weight may sit in different groups of different graphs.
 """
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 from torch import fx
 
@@ -20,7 +22,7 @@ MAX_SEGMENTS = 8
 class Merge(Pass):
     """Give quantized linears with one input, one scheme and one dtype a common group number."""
 
-    name = "merge"
+    name: ClassVar[str] = "merge"
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> None:
         constants = constant_nodes(gm.graph, ctx.inputs)
@@ -33,7 +35,13 @@ class Merge(Pass):
             if bias is not None and bias not in constants:
                 continue  # computed bias: it may come later than the first member of the group
             decision = ctx.plan.decisions[index]
-            key = (argument(node, 0, "input"), decision.weight, decision.act, decision.site.k, decision.kernel)
+            key = (
+                argument(node, 0, "input"),
+                decision.weight,
+                decision.act,
+                decision.site.k,
+                decision.kernel,
+            )
             groups.setdefault(key, []).append(index)
         number = 0
         for members in groups.values():

@@ -1,13 +1,14 @@
 """Turn sites into decisions: the recipe names a scheme, the lowerings say whether it pays.
 
-The one place where policy lives.  `speed` keeps a site float when its kernel is known to lose against float at this
-graph's number of rows; `memory` packs whatever can be packed; `accuracy` refuses activation schemes.
+The one place where policy lives. `speed` keeps a site float when its kernel is known to lose against float
+at this graph's number of rows; `memory` packs whatever can be packed; `accuracy` refuses activation schemes.
 """
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import fx
@@ -27,7 +28,7 @@ from qcompile.plan.site import Site
 class Resolve(Pass):
     """Apply the recipe and the policy to every site of the plan."""
 
-    name = "resolve"
+    name: ClassVar[str] = "resolve"
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> None:
         constants = constant_nodes(gm.graph, ctx.inputs)
@@ -66,7 +67,12 @@ def _choose(ctx: PassContext, site: Site, weight: Weight) -> Choice:
 def _refuse(ctx: PassContext, site: Site, reason: str) -> None:
     ctx.plan.update(site.index, reason=reason)
     if ctx.options.strict and site.kind in ("linear", "head", "embedding"):
-        raise QCError("site.refused", f"{site.kind} site cannot be quantized", where=site.path or site.source, why=reason)
+        raise QCError(
+            "site.refused",
+            f"{site.kind} site cannot be quantized",
+            where=site.path or site.source,
+            why=reason,
+        )
     if "autograd is recording" in reason:
         message = f"{site.path}: {reason}"
         if message not in ctx.plan.notes:
@@ -106,7 +112,11 @@ def warn_notes(ctx: PassContext) -> None:
     """Say once per compile what the user must know."""
     for rule in ctx.plan.unused_rules:
         if rule.path != "*":
-            warnings.warn(f"recipe {ctx.recipe.name!r}: rule path={rule.path!r} matched no site", QCWarning, stacklevel=2)
+            warnings.warn(
+                f"recipe {ctx.recipe.name!r}: rule path={rule.path!r} matched no site",
+                QCWarning,
+                stacklevel=2,
+            )
     training = [note for note in ctx.plan.notes if "autograd is recording" in note]
     if training:
         warnings.warn(

@@ -1,11 +1,12 @@
 """The two small models that the demo and the benchmarks run, out of installed packages.
 
-Nothing is downloaded: one package carries SmolLM2-135M-Instruct as a GGUF file, another all-MiniLM-L6-v2 as safetensors.
-Neither package is imported (both ask for runtimes that are not needed here); only their files are read.
+Nothing is downloaded: one package carries SmolLM2-135M-Instruct as a GGUF file, another all-MiniLM-L6-v2 as
+safetensors. Neither package is imported (both ask for runtimes that are not needed here); only their files
+are read.
 
-A GGUF file is slow to read: its vocabulary is 100,000 little fields, parsed once for the weights and once for the
-tokenizer, about ten seconds together. So `unpack` does it once and leaves an ordinary `from_pretrained` folder, from which
-a process that measures something has its model in half a second.
+A GGUF file is slow to read: its vocabulary is 100,000 little fields, parsed once for the weights and once for
+the tokenizer, about ten seconds together. So `unpack` does it once and leaves an ordinary `from_pretrained`
+folder, from which a process that measures something has its model in half a second.
 """
 
 from __future__ import annotations
@@ -115,8 +116,8 @@ def load(folder: Path) -> nn.Module:
     from transformers import LlamaForCausalLM
 
     model: nn.Module = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    # The weights lie in a mapping of the file, whose pages count as resident only once touched and can never be given
-    # back: copies are what a process measures that trains, converts or reads any other format.
+    # The weights lie in a mapping of the file, whose pages count as resident only once touched and can never
+    # be given back: copies are what a process measures that trains, converts or reads any other format.
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model.eval()
@@ -166,6 +167,7 @@ def _name(gguf_name: str) -> str:
 
 
 def _rotate_halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """GGUF interleaves the two halves that rotary embeddings rotate; transformers keeps them one after the other."""
+    """GGUF interleaves the two halves that rotary embeddings rotate; transformers keeps them one after the
+    other."""
     rows, columns = weight.shape
     return weight.reshape(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns).contiguous()

@@ -54,9 +54,7 @@ class _Spread(NamedTuple):
     inverse: Tensor | None
 
     @staticmethod
-    def over(
-        scale: Tensor, zero: Tensor | None, inverse: Tensor | None, cell: Cell, shape: torch.Size
-    ) -> _Spread:
+    def over(scale: Tensor, zero: Tensor | None, inverse: Tensor | None, cell: Cell, shape: torch.Size) -> _Spread:
         each = (None if t is None else spread(t.to(torch.float32), cell, shape) for t in (zero, inverse))
         return _Spread(spread(scale, cell, shape), *each)
 
@@ -91,9 +89,7 @@ def encode(
     return _encode(x, scheme, over, seed, offset, stream)
 
 
-def _encode(
-    x: Tensor, scheme: Scheme, over: _Spread, seed: Word | None, offset: Word, stream: Stream
-) -> Tensor:
+def _encode(x: Tensor, scheme: Scheme, over: _Spread, seed: Word | None, offset: Word, stream: Stream) -> Tensor:
     bits = None
     if scheme.rounding == "stochastic":
         if seed is None:
@@ -113,9 +109,7 @@ def _encode(
     return encode_element(y, scheme.format, scheme.rounding, bits, shift)
 
 
-def decode(
-    codes: Tensor, scheme: Scheme | str, qparams: QParams, dtype: torch.dtype = torch.float32
-) -> Tensor:
+def decode(codes: Tensor, scheme: Scheme | str, qparams: QParams, dtype: torch.dtype = torch.float32) -> Tensor:
     """Values of codes: level * s, (code - z) * s or code * s + m in float32, then cast to `dtype`."""
     scheme = Scheme.of(scheme)
     cell = scheme.granularity.cell(codes.dim())
@@ -142,7 +136,7 @@ def fake_quant(
 
 
 def quantize(
-    w: Tensor, scheme: Scheme | str, *, qparams: QParams | None = None, seed: Word = 0
+    w: Tensor, scheme: Scheme | str, *, qparams: QParams | None = None, seed: Word = 0, offset: Word = 0
 ) -> list[Tensor]:
     """Encode and pack a weight `[N, K]`.
 
@@ -150,6 +144,7 @@ def quantize(
         w: any float dtype and strides; finite.
         qparams: scales to use instead of the chosen ones (searched, learned).
         seed: key of stochastic rounding.
+        offset: global index of the first element, when `w` is a shard of rows.
 
     Returns:
         `[codes, scales]`, then zeros or minima when the scheme has them, then outer scales when it is nested.
@@ -170,11 +165,9 @@ def quantize(
     n, k = w.shape
     qparams = qparams or choose_qparams(w, scheme)
     over = _RowScales.of(qparams, scheme, n)
-    codes = torch.empty(
-        packed_shape(scheme.format.bits, n, k, scheme.packing), dtype=torch.uint8, device=w.device
-    )
+    codes = torch.empty(packed_shape(scheme.format.bits, n, k, scheme.packing), dtype=torch.uint8, device=w.device)
     for start, stop, at in _chunks(scheme, n, k):
-        part = _encode(w[start:stop], scheme, over.rows(start, stop, k), seed, start * k, (0, 0))
+        part = _encode(w[start:stop], scheme, over.rows(start, stop, k), seed, offset + start * k, (0, 0))
         codes[at] = pack_codes(part, scheme.format.bits, scheme.packing)
     parts = [codes]
     for stored, pad in zip(over.stored, _pads(scheme), strict=True):
@@ -194,9 +187,7 @@ def dequantize(
     scheme = Scheme.of(scheme)
     names = part_names(scheme)
     if len(parts) != len(names):
-        raise QCError(
-            "codec.parts", f"{len(parts)} parts for {scheme}", why=f"it has {len(names)}: {', '.join(names)}"
-        )
+        raise QCError("codec.parts", f"{len(parts)} parts for {scheme}", why=f"it has {len(names)}: {', '.join(names)}")
     named = dict(zip(names, parts, strict=True))
     rows = {name: unpack_scales(part, n, scheme.packing) for name, part in named.items() if name != "codes"}
     over = _RowScales(rows["scales"], rows.get("zeros", rows.get("mins")), rows.get("outer"), None, scheme)

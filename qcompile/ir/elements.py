@@ -70,16 +70,17 @@ def _encode_float(y: Tensor, fmt: Format, rounding: str, bits: Tensor | None, sh
 
 
 def _encode_table(y: Tensor, fmt: Format, rounding: str, bits: Tensor | None, shift: Tensor | None) -> Tensor:
-    y = torch.clamp(torch.nan_to_num(y), fmt.low, fmt.max)
+    inside = torch.clamp(torch.nan_to_num(y), fmt.low, fmt.max).contiguous()
     if rounding == "nearest":
         upper, lower = (torch.tensor(t, dtype=torch.float32, device=y.device) for t in thresholds(fmt.table))
         # count the thresholds passed: those whose tie belongs above by >=, the others by >
-        return (torch.bucketize(y, upper, right=True) + torch.bucketize(y, lower)).to(torch.uint8)
-    levels = torch.tensor(fmt.table, dtype=torch.float32, device=y.device)
-    below = torch.bucketize(y, levels[1:-1].contiguous(), right=True)
-    at, above = levels[below], levels[below + 1]
-    step = round_to_integer((y - at) / (above - at), rounding, bits)
-    return (below + step.to(torch.int64)).to(torch.uint8)
+        code = torch.bucketize(inside, upper, right=True) + torch.bucketize(inside, lower)
+    else:
+        levels = torch.tensor(fmt.table, dtype=torch.float32, device=y.device)
+        below = torch.bucketize(inside, levels[1:-1].contiguous(), right=True)
+        at, above = levels[below], levels[below + 1]
+        code = below + round_to_integer((inside - at) / (above - at), rounding, bits).to(torch.int64)
+    return torch.where(torch.isnan(y), fmt.zero_code, code).to(torch.uint8)
 
 
 _ENCODERS = {"int": _encode_int, "float": _encode_float, "table": _encode_table}

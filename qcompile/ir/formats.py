@@ -170,9 +170,7 @@ class Format:
     @cached_property
     def zero_code(self) -> int:
         """Code of the value nearest to 0 (binary has no zero: the code of +1, as sign(0) = +1)."""
-        return min(
-            range(len(self.values)), key=lambda c: (abs(self.values[c]), -self.values[c], c), default=0
-        )
+        return min(range(len(self.values)), key=lambda c: (abs(self.values[c]), -self.values[c], c), default=0)
 
     @property
     def planes(self) -> tuple[int, ...]:
@@ -181,6 +179,9 @@ class Format:
 
     def __str__(self) -> str:
         return self.name
+
+    def __repr__(self) -> str:
+        return f"Format.of({self.name!r})"
 
 
 def bit_planes(bits: int) -> tuple[int, ...]:
@@ -252,6 +253,9 @@ class ScaleFormat:
 
     def __str__(self) -> str:
         return self.name
+
+    def __repr__(self) -> str:
+        return f"ScaleFormat.of({self.name!r})"
 
 
 def _signed(byte: int) -> int:

@@ -17,9 +17,7 @@ Cell = tuple[int | None, ...]
 
 def _at_least(value: int, least: int, what: str, spelling: str) -> None:
     if value < least:
-        raise QCError(
-            "scheme.granularity-size", f"{what} is {value} in {spelling!r}", why=f"it must be >= {least}"
-        )
+        raise QCError("scheme.granularity-size", f"{what} is {value} in {spelling!r}", why=f"it must be >= {least}")
 
 
 @dataclass(frozen=True)
@@ -44,9 +42,7 @@ class PerAxis:
 
     def cell(self, ndim: int) -> Cell:
         if self.dim >= ndim:
-            raise QCError(
-                "scheme.rank", f"{self} on a tensor of {ndim} dimensions", next="name a dimension it has"
-            )
+            raise QCError("scheme.rank", f"{self} on a tensor of {ndim} dimensions", next="name a dimension it has")
         return tuple(1 if d == self.dim else None for d in range(ndim))
 
     def __str__(self) -> str:
@@ -136,13 +132,9 @@ class Nested:
         ratio: list[int | None] = []
         for inner, outer in zip(self.inner.cell(ndim), self.outer.cell(ndim), strict=True):
             if inner is None and outer is not None:
-                raise QCError(
-                    "scheme.nesting", f"{self.inner} does not nest inside {self.outer} on {ndim} dimensions"
-                )
+                raise QCError("scheme.nesting", f"{self.inner} does not nest inside {self.outer} on {ndim} dimensions")
             if inner is not None and outer is not None and outer % inner:
-                raise QCError(
-                    "scheme.nesting", f"{self.inner} does not nest inside {self.outer} on {ndim} dimensions"
-                )
+                raise QCError("scheme.nesting", f"{self.inner} does not nest inside {self.outer} on {ndim} dimensions")
             ratio.append(None if outer is None else 1 if inner is None else outer // inner)
         return tuple(ratio)
 

@@ -33,9 +33,7 @@ for _schema in _SCHEMAS:
     LIBRARY.define(_schema, tags=_TAGS)
 
 
-def _qmm(
-    x: torch.Tensor, parts: Sequence[torch.Tensor], extras: Sequence[torch.Tensor], spec: str
-) -> torch.Tensor:
+def _qmm(x: torch.Tensor, parts: Sequence[torch.Tensor], extras: Sequence[torch.Tensor], spec: str) -> torch.Tensor:
     return reference_qmm(x, parts, extras, MatmulSpec.parse(spec))
 
 
@@ -43,7 +41,7 @@ def _qembedding(
     ids: torch.Tensor, parts: Sequence[torch.Tensor], scheme: str, n: int, k: int, dtype: torch.dtype
 ) -> torch.Tensor:
     flat = ids.reshape(-1)
-    if flat.numel() and not (0 <= int(flat.min()) and int(flat.max()) < n):
+    if flat.numel() and not (int(flat.min()) >= 0 and int(flat.max()) < n):
         raise QCError(
             "embedding.index",
             f"index out of range: ids lie in [{int(flat.min())}, {int(flat.max())}], the table has {n} rows",
@@ -74,9 +72,7 @@ def _fake_qembedding(
     return ids.new_empty((*ids.shape, k), dtype=dtype)
 
 
-def _fake_decode(
-    parts: Sequence[torch.Tensor], scheme: str, n: int, k: int, dtype: torch.dtype
-) -> torch.Tensor:
+def _fake_decode(parts: Sequence[torch.Tensor], scheme: str, n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
     return parts[0].new_empty((n, k), dtype=dtype)
 
 
@@ -88,7 +84,8 @@ def _autocast_qmm(
     with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(_AUTOCAST_KEYS[device])):
         if x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
-        return torch.ops.qcompile.qmm(x, parts, extras, spec)
+        result: torch.Tensor = torch.ops.qcompile.qmm(x, parts, extras, spec)
+        return result
 
 
 _AUTOCAST_KEYS = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}
@@ -99,7 +96,9 @@ def _qmm_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     what = MatmulSpec.parse(spec)
     if what.epilogue not in ("", "acc+e0") or what.extras not in ((), ("row",)):
         raise QCError(
-            "matmul.grad", f"gradient through qmm with epilogue {what.epilogue!r}", next="differentiate before fusing"
+            "matmul.grad",
+            f"gradient through qmm with epilogue {what.epilogue!r}",
+            next="differentiate before fusing",
         )
     ctx.save_for_backward(*parts)
     ctx.spec, ctx.x_shape, ctx.x_dtype, ctx.extras = spec, x.shape, x.dtype, len(extras)
@@ -111,9 +110,7 @@ def _qmm_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     step, dx, start = what.parts_per_segment, None, 0
     for i, n in enumerate(what.n):
         piece = grad.narrow(-1, start, n).to(ctx.x_dtype)
-        weight = torch.ops.qcompile.decode(
-            parts[i * step : (i + 1) * step], str(what.weight), n, what.k, ctx.x_dtype
-        )
+        weight = torch.ops.qcompile.decode(parts[i * step : (i + 1) * step], str(what.weight), n, what.k, ctx.x_dtype)
         term = piece @ weight
         dx, start = term if dx is None else dx + term, start + n
     bias = [grad.reshape(-1, grad.shape[-1]).sum(0)] if ctx.extras else []

@@ -80,16 +80,14 @@ def pack_codes(codes: Tensor, bits: int, packing: str = "tile16") -> Tensor:
         QCError `packing.codes` unless `codes` is a uint8 matrix.
     """
     if codes.dtype != torch.uint8 or codes.dim() != 2:
-        raise QCError(
-            "packing.codes", f"codes are {codes.dtype} {list(codes.shape)}", why="uint8 [N, K] is packed"
-        )
+        raise QCError("packing.codes", f"codes are {codes.dtype} {list(codes.shape)}", why="uint8 [N, K] is packed")
     n, k = codes.shape
     if packing == "rows":
         planes = [
             _join(_pad(codes, n, ceil_div(k, per) * per).reshape(n, ceil_div(k, per), per, 1), shift, width)
             for shift, width, per in _plan(bits)
         ]
-        return torch.cat([plane.reshape(n, -1) for plane in planes], dim=1)
+        return torch.cat([plane.flatten(1) for plane in planes], dim=1)
     panels, blocks = ceil_div(n, PANEL), ceil_div(k, BLOCK)
     padded = _pad(codes, panels * PANEL, blocks * BLOCK)
     tiles = []
@@ -117,11 +115,11 @@ def unpack_codes(packed: Tensor, bits: int, n: int, k: int, packing: str = "tile
     for shift, width, per in _plan(bits):
         if packing == "rows":
             size = ceil_div(k * width, 8)
-            part = _split(packed[:, start : start + size].unsqueeze(-1), width, per).reshape(n, -1)[:, :k]
+            part = _split(packed[:, start : start + size].unsqueeze(-1), width, per).flatten(1)[:, :k]
         else:
             size = width * 64
             tiles = packed[:, :, start : start + size].reshape(shape[0], shape[1], width, PANEL, 4)
-            part = _split(tiles.permute(0, 3, 1, 2, 4), width, per).reshape(shape[0] * PANEL, -1)[:n, :k]
+            part = _split(tiles.permute(0, 3, 1, 2, 4), width, per).reshape(shape[0] * PANEL, shape[1] * BLOCK)[:n, :k]
         codes = part if codes is None else codes | (part << shift)
         start += size
     assert codes is not None  # a width has at least one plane

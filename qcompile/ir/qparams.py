@@ -78,30 +78,33 @@ def choose_qparams(x: Tensor, scheme: Scheme | str) -> QParams:
     else:
         wanted = peak * 2.0**-fmt.emax if mx else peak / fmt.max
     wanted = torch.where(finite, wanted, math.nan)
+    # not `wanted == 0`: that would also catch tiny numbers whose quotient underflows
+    empty = finite & (low == high if scale.zero is not None else peak == 0)
     fill = 0.0 if fmt.values[fmt.zero_code] else 1.0
 
     outer = zero = inverse = None
     if isinstance(scheme.granularity, Nested) and scheme.outer is not None:
         top = 1.0 if scale.format.kind == "exponent" else scale.format.high
         outer_cell = scheme.granularity.outer_cell(x.dim())
-        outer = store_scale(reduce_cells(wanted, outer_cell, amax) / top, scheme.outer.format, low=OUTER_LOW)
+        most = reduce_cells(wanted, outer_cell, amax)
+        outer = store_scale(most / top, scheme.outer.format, most == 0, low=OUTER_LOW)
         loaded = spread(load_scale(outer, scheme.outer.format), outer_cell, wanted.shape)
-        stored = store_scale(wanted / loaded, scale.format, fill, low=INNER_LOW, high=top)
+        stored = store_scale(wanted / loaded, scale.format, empty, fill, low=INNER_LOW, high=top)
     else:
-        stored = store_scale(wanted, scale.format, fill, down=mx)
+        stored = store_scale(wanted, scale.format, empty, fill, down=mx)
 
     if scale.zero == "z":
         s = effective_scale(QParams(stored, outer=outer), scheme, x.dim())
         zero = torch.clamp(torch.round(torch.nan_to_num(-low / s)), 0.0, fmt.max).to(torch.uint8)
     elif scale.zero == "m":
         limit = scale.format.high
-        zero = torch.clamp(torch.where(finite, low, math.nan), -limit, limit).to(scale.format.dtype)
-    elif (
-        isinstance(scheme.granularity, PerToken) and fmt.statistic == "absmax" and scale.format.name == "fp32"
-    ):
+        # which of 0.0 and -0.0 is the smaller depends on the order of the reduction: store 0.0
+        zero = torch.where(low == 0, 0.0, torch.where(finite, low, math.nan))
+        zero = torch.clamp(zero, -limit, limit).to(scale.format.dtype)
+    elif isinstance(scheme.granularity, PerToken) and fmt.statistic == "absmax" and scale.format.name == "fp32":
         least = fmt.max * scale.format.low  # the peak whose scale is the smallest one
         divisor = torch.where(finite, torch.clamp(peak, min=least), math.nan)
-        inverse = torch.where(peak == 0, 1.0, fmt.max / divisor)
+        inverse = torch.where(empty, 1.0, fmt.max / divisor)
     return QParams(stored, zero, outer, inverse)
 
 

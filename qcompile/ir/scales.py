@@ -37,9 +37,7 @@ def reduce_cells(x: Tensor, cell: Cell, reduction: Reduction) -> Tensor:
         size = x.shape[dim]
         if length == 1:
             continue
-        if (
-            isinstance(size, int) and size == 0
-        ):  # an empty dimension has one empty cell when taken whole, else none
+        if isinstance(size, int) and size == 0:  # an empty dimension has one empty cell when taken whole, else none
             if length is None:
                 x = x.new_zeros([1 if d == dim else s for d, s in enumerate(x.shape)])
         elif length is None:
@@ -48,9 +46,7 @@ def reduce_cells(x: Tensor, cell: Cell, reduction: Reduction) -> Tensor:
             count, rest = size // length, size % length
             parts = []
             if count:
-                parts.append(
-                    reduction(x.narrow(dim, 0, count * length).unflatten(dim, (count, length)), dim + 1)
-                )
+                parts.append(reduction(x.narrow(dim, 0, count * length).unflatten(dim, (count, length)), dim + 1))
             if rest:
                 parts.append(reduction(x.narrow(dim, count * length, rest), dim).unsqueeze(dim))
             x = torch.cat(parts, dim) if len(parts) > 1 else parts[0]
@@ -83,6 +79,7 @@ def spread(s: Tensor, cell: Cell, shape: Sequence[int]) -> Tensor:
 def store_scale(
     raw: Tensor,
     fmt: ScaleFormat,
+    empty: Tensor,
     fill: float = 1.0,
     *,
     down: bool = False,
@@ -96,16 +93,17 @@ def store_scale(
     where the format has one.
 
     Args:
-        fill: the scale of a cell that wants 0 (all its elements are zero).
+        empty: bool, the cells without anything to scale (all their elements are zero).
+        fill: the scale of such cells.
     """
     wanted = torch.clamp(raw, max(fmt.low, low), min(fmt.high, high))
     if fmt.kind == "exponent":
-        word = torch.where(raw == 0, max(fill, fmt.low), wanted).view(torch.int32)
+        word = torch.where(empty, max(fill, fmt.low), wanted).view(torch.int32)
         exponent = (word >> 23) - 127
         if not down:
             exponent = exponent + ((word & 0x7FFFFF) != 0).to(torch.int32)
         return torch.where(torch.isnan(raw), fmt.nan, exponent + fmt.bias).to(fmt.dtype)
-    wanted = torch.where(raw == 0, fill, wanted)
+    wanted = torch.where(empty, fill, wanted)
     if fmt.kind == "float":
         return wanted.to(fmt.dtype)
     element = FORMATS[fmt.name]

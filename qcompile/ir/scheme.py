@@ -4,13 +4,10 @@ The string is what travels: op argument, cache key, checkpoint field, golden tex
 label, JSON value. So it must be unique (equal schemes print equally) and must parse back:
 
     scheme := format "/" gran [":" scale [zero]] { "/" gran ":" scale } ["@" packing] ["~" rounding]
-    gran   := "tensor" | "axis" d | "g" size | "token" | "b" h "x" w      (two of them nest, the innermost
-        first)
-    scale  := fp32 | fp16 | bf16 | e8m0 | pow2 | e4m3 | int8              (e4m3 and int8 only inside an outer
-        scale)
-    zero   := "+z" | "+m"                                                 (zero point | minimum; unsigned
-        integers)
-    packing := tile16 | rows             rounding := nearest | stochastic | floor
+    gran   := "tensor" | "axis" d | "g" size | "token" | "b" h "x" w   (two nest, the innermost first)
+    scale  := fp32 | fp16 | bf16 | e8m0 | pow2 | e4m3 | int8           (e4m3, int8: inside an outer scale)
+    zero   := "+z" | "+m"                                              (zero point | minimum; uintN only)
+    packing := tile16 | rows           rounding := nearest | stochastic | floor
 
 The scale may be left out when read (fp32; fp16 for groups) and is always printed; the default packing
 (tile16) and rounding (nearest) are never printed.
@@ -115,9 +112,7 @@ class Scheme:
 
     def __str__(self) -> str:
         if isinstance(self.granularity, Nested):
-            text = (
-                f"{self.format}/{self.granularity.inner}:{self.scale}/{self.granularity.outer}:{self.outer}"
-            )
+            text = f"{self.format}/{self.granularity.inner}:{self.scale}/{self.granularity.outer}:{self.outer}"
         else:
             text = f"{self.format}/{self.granularity}:{self.scale}"
         if self.packing != PACKINGS[0]:
@@ -125,6 +120,9 @@ class Scheme:
         if self.rounding != ROUNDINGS[0]:
             text += f"~{self.rounding}"
         return text
+
+    def __repr__(self) -> str:
+        return f"Scheme.parse({str(self)!r})"
 
     @property
     def symmetric(self) -> bool:
@@ -142,7 +140,7 @@ class Scheme:
         return k if size is None else min(size, k)
 
     def groups(self, k: int) -> int:
-        """Number of scales of a row of length `k`: `ceil(k / group_size(k))`, the last group may be ragged."""
+        """Number of scales of a row of length `k`; the last group may be ragged."""
         return _groups(self.granularity.cell(2)[1], k)
 
     def outer_groups(self, k: int) -> int:
@@ -209,9 +207,7 @@ _RULES: tuple[_Rule, ...] = (
         lambda s: s.outer is not None and (not s.outer.format.outer or s.outer.zero is not None),
         "scheme.outer-format",
         "an outer scale that cannot stand alone",
-        "the outer scale is one of "
-        + ", ".join(s.name for s in SCALE_FORMATS.values() if s.outer)
-        + ", without zero",
+        "the outer scale is one of " + ", ".join(s.name for s in SCALE_FORMATS.values() if s.outer) + ", without zero",
     ),
     (
         lambda s: s.packing not in PACKINGS or s.rounding not in ROUNDINGS,
@@ -228,7 +224,7 @@ _GRANULARITIES: tuple[tuple[re.Pattern[str], Callable[..., Flat]], ...] = (
     (re.compile(r"g([0-9]{1,9})"), PerGroup),
     (re.compile(r"b([0-9]{1,9})x([0-9]{1,9})"), PerBlock),
 )
-_GRANULARITY_EXAMPLES = ("tensor", "token", "axis0", "axis1", "g16", "g32", "g64", "g128", "b128x128")
+_EXAMPLES = ("tensor", "token", "axis0", "axis1", "g16", "g32", "g64", "g128", "b128x128")
 
 
 class _Reader:
@@ -237,29 +233,24 @@ class _Reader:
     def __init__(self, text: str) -> None:
         self.text = text
 
-    def fail(
-        self, code: str, what: str, at: int, word: str, choices: tuple[str, ...], why: str = ""
-    ) -> QCError:
-        hint = suggest(word, choices)
+    def unknown(self, what: str, word: str, at: int, choices: tuple[str, ...]) -> QCError:
         return QCError(
-            code,
-            f"{what} {word!r}{hint}",
+            f"scheme.unknown-{what}",
+            f"unknown {what} {word!r}{suggest(word, choices)}",
             where=f"position {at} of {self.text!r}",
-            why=why,
-            next="one of: " + " ".join(choices),
+            next=("for example: " if choices is _EXAMPLES else "one of: ") + " ".join(choices),
         )
 
-    def word(self, what: str, word: str, at: int, choices: tuple[str, ...]) -> str:
+    def word(self, what: str, word: str, at: int, choices: tuple[str, ...]) -> None:
         if word not in choices:
-            raise self.fail(f"scheme.unknown-{what}", f"unknown {what}", at, word, choices)
-        return word
+            raise self.unknown(what, word, at, choices)
 
     def granularity(self, word: str, at: int) -> Flat:
         for pattern, build in _GRANULARITIES:
             found = pattern.fullmatch(word)
             if found:
                 return build(*(int(g) for g in found.groups()))
-        raise self.fail("scheme.unknown-granularity", "unknown granularity", at, word, _GRANULARITY_EXAMPLES)
+        raise self.unknown("granularity", word, at, _EXAMPLES)
 
     def scale(self, word: str, at: int) -> Scale:
         name, plus, zero = word.partition("+")
@@ -275,6 +266,13 @@ def _default_scale(granularity: Flat) -> Scale:
 
 @lru_cache(maxsize=4096)
 def _parse(text: str) -> Scheme:
+    try:
+        return _read(text)
+    except QCError as error:
+        raise error if error.where else error.at(f"in {text!r}") from None
+
+
+def _read(text: str) -> Scheme:
     read = _Reader(text)
     body, tilde, rounding = text.partition("~")
     body, at_sign, packing = body.partition("@")
@@ -300,18 +298,12 @@ def _parse(text: str) -> Scheme:
         scales.append(read.scale(scale, position + len(grain) + 1) if colon else _default_scale(grains[-1]))
         position += len(cell) + 1
     if len(grains) > 2:
-        raise QCError(
-            "scheme.nesting", f"{len(grains)} levels of scales in {text!r}", why="two levels at most"
-        )
-    try:
-        return Scheme(
-            FORMATS[name],
-            grains[0] if len(grains) == 1 else Nested(*grains),
-            scales[0],
-            scales[1] if len(scales) == 2 else None,
-            cast(Packing, packing) if at_sign else PACKINGS[0],
-            cast(Rounding, rounding) if tilde else ROUNDINGS[0],
-        )
-    except QCError as error:
-        error.where = error.where or f"in {text!r}"
-        raise
+        raise QCError("scheme.nesting", f"{len(grains)} levels of scales", why="there are two levels at most")
+    return Scheme(
+        FORMATS[name],
+        grains[0] if len(grains) == 1 else Nested(*grains),
+        scales[0],
+        scales[1] if len(scales) == 2 else None,
+        cast(Packing, packing) if at_sign else PACKINGS[0],
+        cast(Rounding, rounding) if tilde else ROUNDINGS[0],
+    )

@@ -1,7 +1,7 @@
 """The plan: a decision with a reason for every site, which is also the ledger that `explain` prints.
 
-Passes read decisions and nothing else; whatever a pass learns (kernel, bytes, refusal) it writes back here, so that
-nothing about a site is ever silent.
+Passes read decisions and nothing else; whatever a pass learns (kernel, bytes, refusal) it writes back here,
+so that nothing about a site is ever silent.
 """
 
 from __future__ import annotations

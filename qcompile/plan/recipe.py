@@ -1,7 +1,7 @@
 """Recipes: which scheme each site gets, as ordered rules that are data.
 
-A recipe is what a user names (`"int4"`), spells (`"uint4/g64:fp16+m"`), writes as an object or keeps in a JSON file.
-First match wins; a rule that matched nothing is reported, because it is usually a typo in a path.
+A recipe is what a user names (`"int4"`), spells (`"uint4/g64:fp16+m"`), writes as an object or keeps in a
+JSON file. First match wins; a rule that matched nothing is reported, because it is usually a typo in a path.
 """
 
 from __future__ import annotations
@@ -31,12 +31,10 @@ class Rule:
     """Matchers, then settings.
 
     Attributes:
-        weight: weight scheme, or `None` to keep the site float.
-        act: activation scheme (`None`: activations are used exactly); ignored for lookups.
-        path: glob on the weight's module path.
-        kind: kinds of site.
-        min_weights: smallest number of weight elements.
-        min_sqnr: apply only where `weight` keeps at least this signal-to-noise ratio (dB) on this very weight;
+        weight: weight scheme, or `None` to keep the site float. act: activation scheme (`None`: activations
+        are used exactly); ignored for lookups. path: glob on the weight's module path. kind: kinds of site.
+        min_weights: smallest number of weight elements. min_sqnr: apply only where `weight` keeps at least
+        this signal-to-noise ratio (dB) on this very weight;
             otherwise the next rules are tried.
     """
 
@@ -54,18 +52,16 @@ class Rule:
 
     def selects(self, site: Site) -> bool:
         """Whether the matchers hold (the weight itself is not looked at)."""
-        return (
-            site.kind in self.kind
-            and site.weights >= self.min_weights
-            and fnmatch.fnmatchcase(site.path, self.path)
-        )
+        return site.kind in self.kind and site.weights >= self.min_weights and fnmatch.fnmatchcase(site.path, self.path)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; defaults are left out."""
         default = Rule(None)
         items = {f.name: getattr(self, f.name) for f in fields(self)}
         short = {k: v for k, v in items.items() if k == "weight" or v != getattr(default, k)}
-        return {k: str(v) if isinstance(v, Scheme) else list(v) if isinstance(v, tuple) else v for k, v in short.items()}
+        return {
+            k: str(v) if isinstance(v, Scheme) else list(v) if isinstance(v, tuple) else v for k, v in short.items()
+        }
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Rule:
@@ -144,7 +140,8 @@ class Recipe:
 
     @staticmethod
     def of(value: Any) -> Recipe:
-        """A preset name, a scheme spelling (optionally followed by an activation scheme), a `Recipe`, a JSON file.
+        """A preset name, a scheme spelling (optionally followed by an activation scheme), a `Recipe`, a JSON
+        file.
 
         Raises:
             QCError: "recipe.unknown" with the nearest preset, or the error of the scheme or file.
@@ -206,7 +203,8 @@ def _preset(name: str, linear: str, act: str | None = None, table: str = "int8/a
 
 _INT4 = "uint4/g32:fp16+m"
 PRESETS: Mapping[str, Recipe] = {
-    # 30 dB is a relative weight error of 3 %; 8-bit rows keep about 40 dB, 4-bit groups of a Gaussian weight about 21.
+    # 30 dB is a relative weight error of 3 %; 8-bit rows keep about 40 dB, 4-bit groups of a Gaussian weight
+    # about 21.
     "auto": Recipe(
         (
             Rule(Scheme.parse("int8/axis0:fp32"), kind=("embedding", "head")),

@@ -1,8 +1,8 @@
 """The call of a graph whose weights are packed: check, swap, run.
 
-Dynamo calls a compiled graph with the user's inputs and all float parameters.  This wrapper checks in one pass whether
-any watched parameter was written or replaced since the last call, repairs the store if so, and hands the compiled code
-the packed tensors and the inputs it still reads.
+Dynamo calls a compiled graph with the user's inputs and all float parameters. This wrapper checks in one
+pass whether any watched parameter was written or replaced since the last call, repairs the store if so, and
+hands the compiled code the packed tensors and the inputs it still reads.
 """
 
 from __future__ import annotations
@@ -39,9 +39,7 @@ class FrozenCall:
         store: where entries come from.
     """
 
-    def __init__(
-        self, compiled: Callable[..., Any], slots: Sequence[Slot], keep: Sequence[int], store: Store
-    ) -> None:
+    def __init__(self, compiled: Callable[..., Any], slots: Sequence[Slot], keep: Sequence[int], store: Store) -> None:
         self.compiled, self.slots, self.store = compiled, list(slots), store
         self.keep = tuple(keep)
         self.watch = tuple(sorted({i for slot in slots for i in slot.roots}))
@@ -68,8 +66,8 @@ class FrozenCall:
             for slot in self.slots:
                 old = slot.entry
                 if id(old) not in done:
-                    # Same parameters: re-encoded in place. Other parameters (a new module, `assign=True`): another
-                    # entry, because the old one may still serve its owner.
+                    # Same parameters: re-encoded in place. Other parameters (a new module, `assign=True`):
+                    # another entry, because the old one may still serve its owner.
                     roots = [args[i] for i in slot.roots]
                     done[id(old)] = self.store.entry(roots, old.expression, old.scheme)
                 slot.entry = done[id(old)]

@@ -1,11 +1,12 @@
 """The packed-weight store: one encoded copy of each weight, shared by every graph that reads it.
 
-Prefill and decode graphs, recompiles and graph breaks all ask for the same (parameters, expression, scheme) and get the
-same entry, so a weight is encoded once.  An entry notices when its parameters changed (torch's version counter, a moved
-pointer, an optimizer step) and re-encodes in place: graphs hold the packed tensors themselves and see the new contents
-without recompiling.
+Prefill and decode graphs, recompiles and graph breaks all ask for the same (parameters, expression, scheme)
+and get the same entry, so a weight is encoded once. An entry notices when its parameters changed (torch's
+version counter, a moved pointer, an optimizer step) and re-encodes in place: graphs hold the packed tensors
+themselves and see the new contents without recompiling.
 
-What torch tells nobody (`param.data.copy_()`, writing through `numpy()`) an entry cannot notice: `refresh` is for that.
+What torch tells nobody (`param.data.copy_()`, writing through `numpy()`) an entry cannot notice: `refresh` is
+for that.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ class Entry:
 
     def encode(self, roots: Sequence[torch.Tensor]) -> None:
         """Encode from the parameters' present contents, in place when already encoded."""
-        # Packed tensors must be ordinary ones: an inference tensor could not be rewritten later in normal mode.
+        # Packed tensors must be ordinary ones: an inference tensor could not be rewritten later in normal
+        # mode.
         with torch.inference_mode(False), torch.no_grad():
             seen = tuple(map(stamp, roots))
             weight = self.expression.evaluate(*(root.detach() for root in roots))
@@ -100,8 +102,8 @@ class Entry:
         """The float weight that the packed parts stand for, fp32 `[n, k]`."""
         if self.scheme is None:
             return self.parts[0]
-        return dequantize(self.parts, self.scheme, *self.shape)
-
+        n, k = self.shape
+        return dequantize(self.parts, self.scheme, n, k)
 
     def sqnr_db(self) -> float | None:
         """Signal-to-noise ratio of the packed weight against its parameters, `None` when those are gone."""
@@ -119,10 +121,11 @@ Key = tuple[tuple[int, ...], str, str]
 
 
 class Store:
-    """Entries by (parameters, expression, scheme). Holds parameters weakly: an entry dies with its first parameter.
+    """Entries by (parameters, expression, scheme). Holds parameters weakly: an entry dies with its first
+    parameter.
 
-    `epoch` moves whenever an entry was marked stale from outside, so that a frozen graph sees with one integer
-    comparison that it has to look.
+    `epoch` moves whenever an entry was marked stale from outside, so that a frozen graph sees with one
+    integer comparison that it has to look.
     """
 
     def __init__(self) -> None:

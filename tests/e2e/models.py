@@ -90,14 +90,10 @@ class Attention(nn.Module):
 class TinyLM(nn.Module):
     """Tied embedding and head around `layers` blocks."""
 
-    def __init__(
-        self, vocab: int = 128, k: int = 64, layers: int = 3, bias: bool = False, tied: bool = True
-    ) -> None:
+    def __init__(self, vocab: int = 128, k: int = 64, layers: int = 3, bias: bool = False, tied: bool = True) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocab, k)
-        self.layers = nn.ModuleList(
-            nn.Sequential(Attention(k, bias=bias), MLP(k, bias=bias)) for _ in range(layers)
-        )
+        self.layers = nn.ModuleList(nn.Sequential(Attention(k, bias=bias), MLP(k, bias=bias)) for _ in range(layers))
         self.head = nn.Linear(k, vocab, bias=False)
         if tied:
             self.head.weight = self.embed.weight

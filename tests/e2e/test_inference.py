@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import threading
-import warnings
-
 import pytest
 import torch
 from torch import Tensor, nn
 
-from qcompile import QCWarning, explain
+from qcompile import explain
 from qcompile.backend import watching
-from qcompile.runtime.store import STORE
-from tests.e2e.models import MLP, SPELLINGS, Spelled, TinyLM
+from tests.e2e.models import SPELLINGS, Spelled
 
 RECIPE = "int8/axis0:fp32"
 

@@ -20,14 +20,3 @@ struct Packed {
     UNROLL for (int i = 0; i < BITS; i++) __builtin_prefetch(block + AHEAD + 64 * i);
   }
 };
-struct Plain {  // quads already in bytes: 8-bit codes, and what `unpack` writes
-  static constexpr int BYTES = 512;
-  template <int Q> static INL VI quad(const uint8_t* block) { return iload(block + Q * 64); }
-  static INL void prefetch(const uint8_t*) {}
-};
-constexpr bool UNPACKED = BITS == 8 && PLANE_COUNT == 1 && !MAP;
-
-static __attribute__((unused)) void unpack(const uint8_t* codes, int64_t blocks, uint8_t* out) {
-  for (int64_t b = 0; b < blocks; b++, codes += Packed::BYTES, out += Plain::BYTES)
-    each<8>(LAMBDA { istore(out + index_ * 64, Packed::quad<index_>(codes)); });
-}

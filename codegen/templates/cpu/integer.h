@@ -1,5 +1,17 @@
 // R rows x 16 outputs x a range of K, in integers. The sums of products of codes and digits are exact; they become
 // floats once per group of weights (DIGITS 1) or once per block of 32 k (DIGITS 2, where every block has its scale).
+struct Plain {  // quads already in bytes: 8-bit codes, and what `unpack` writes
+  static constexpr int BYTES = 512;
+  template <int Q> static INL VI quad(const uint8_t* block) { return iload(block + Q * 64); }
+  static INL void prefetch(const uint8_t*) {}
+};
+constexpr bool UNPACKED = BITS == 8 && PLANE_COUNT == 1 && !MAP;
+
+static __attribute__((unused)) void unpack(const uint8_t* codes, int64_t blocks, uint8_t* out) {
+  for (int64_t b = 0; b < blocks; b++, codes += Packed::BYTES, out += Plain::BYTES)
+    each<8>(LAMBDA { istore(out + index_ * 64, Packed::quad<index_>(codes)); });
+}
+
 struct Span {            // a range of K of one panel and one block of rows
   const uint8_t* codes;
   const S::T* scale;     // [groups][16] from the range's first group on

@@ -1,7 +1,8 @@
 """The ledger: what happens to every contraction of a model, and why.
 
-`explain` traces a model exactly as the backend would, graph breaks included, without generating code, and collects each
-graph's plan.  Bytes are what the packed-weight store really holds; nothing is estimated that can be counted.
+`explain` traces a model exactly as the backend would, graph breaks included, without generating code, and
+collects each graph's plan. Bytes are what the packed-weight store really holds; nothing is estimated that
+can be counted.
 """
 
 from __future__ import annotations
@@ -138,7 +139,8 @@ def explain(
 
         target = compat.uncompiled(model)
         with torch.no_grad():
-            torch.compile(target, backend=backend)(*args, **kwargs)
+            run: Callable[..., Any] = torch.compile(target, backend=backend)
+            run(*args, **kwargs)
     return summarize(trace.contexts)
 
 

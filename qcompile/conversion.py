@@ -1,9 +1,10 @@
 """Give the float weights up: packed weights as ordinary module state.
 
-`convert` replaces each planned weight by a parametrization that decodes plain integer buffers.  No tensor subclass and no
-module class is swapped, so every module with a weight parameter works, `state_dict()` holds plain tensors, eager mode and
-any other backend run it (decoding on every call), and under `backend="qcompile"` decode + matmul become one kernel on the
-packed bytes.  This, and not the one-liner, is what frees memory.
+`convert` replaces each planned weight by a parametrization that decodes plain integer buffers. No tensor
+subclass and no module class is swapped, so every module with a weight parameter works, `state_dict()` holds
+plain tensors, eager mode and any other backend run it (decoding on every call), and under
+`backend="qcompile"` decode + matmul become one kernel on the packed bytes. This, and not the one-liner, is
+what frees memory.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -67,7 +68,8 @@ class PackedWeight(nn.Module):
 
 @dataclass(frozen=True)
 class Converted:
-    """One converted weight: module path, what it became, bytes before and after (0 when shared with another)."""
+    """One converted weight: module path, what it became, bytes before and after (0 when shared with
+    another)."""
 
     path: str
     scheme: str
@@ -112,9 +114,11 @@ def convert(model: nn.Module, recipe: Any = "auto", *, strict: bool = False) -> 
     """Replace float weights by packed ones, in place.
 
     Args:
-        model: any module; its `nn.Linear`, `nn.Embedding` and HF `Conv1D` weights are candidates. Tied weights share one
+        model: any module; its `nn.Linear`, `nn.Embedding` and HF `Conv1D` weights are candidates. Tied
+        weights share one
             packed copy.
-        recipe: preset, scheme, `Recipe` or JSON file. Activation schemes do not concern stored weights: give the recipe
+        recipe: preset, scheme, `Recipe` or JSON file. Activation schemes do not concern stored weights: give
+        the recipe
             to the backend as well (`options={"recipe": ...}`).
         strict: raise instead of keeping a candidate float.
 
@@ -144,7 +148,11 @@ def convert(model: nn.Module, recipe: Any = "auto", *, strict: bool = False) -> 
             raise error.at(first.path) from error
         before = weight.numel() * weight.element_size()
         for owner in owners:
-            attach(owner.module, PackedWeight(str(choice.weight), owner.n, owner.k, weight.dtype, owner.transposed), parts)
+            attach(
+                owner.module,
+                PackedWeight(str(choice.weight), owner.n, owner.k, weight.dtype, owner.transposed),
+                parts,
+            )
         done.append(Converted(first.path, str(choice.weight), before, sum(p.numel() * p.element_size() for p in parts)))
         done += [Converted(owner.path, str(choice.weight), 0, 0) for owner in owners[1:]]
         del weight, owners, first
@@ -159,7 +167,7 @@ def attach(module: nn.Module, packed: PackedWeight, parts: Sequence[torch.Tensor
     weight.requires_grad_(False)  # integer parameters cannot require grad
     packed.give(parts)
     parametrize.register_parametrization(module, name, packed, unsafe=True)
-    originals = module.parametrizations[name]  # type: ignore[index]
+    originals = cast("nn.ModuleDict", module.parametrizations)[name]
     for index, part in enumerate(parts):
         # Plain buffers: an optimizer over model.parameters() must not meet integer tensors.
         delattr(originals, f"original{index}")
@@ -179,7 +187,8 @@ def _owners_by_weight(model: nn.Module) -> list[tuple[torch.Tensor, list[_Owner]
     groups: dict[int, tuple[torch.Tensor, list[_Owner]]] = {}
     for path, module in model.named_modules(remove_duplicate=True):
         weight = module._parameters.get("weight")
-        # HF's Conv1D is a linear that keeps [k, n]; it is known by its shape contract, not by importing transformers.
+        # HF's Conv1D is a linear that keeps [k, n]; it is known by its shape contract, not by importing
+        # transformers.
         transposed = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
         if weight is None or not (isinstance(module, (nn.Linear, nn.Embedding)) or transposed):
             continue
@@ -192,7 +201,11 @@ def _owners_by_weight(model: nn.Module) -> list[tuple[torch.Tensor, list[_Owner]
             refused = "the weight is on the meta device: use qcompile.load"
         elif isinstance(module, nn.Embedding) and module.max_norm is not None:
             refused = "max_norm renormalizes the table in place on every call"
-        n, k = (int(weight.shape[1]), int(weight.shape[0])) if transposed else (int(weight.shape[0]), int(weight.shape[-1]))
+        n, k = (
+            (int(weight.shape[1]), int(weight.shape[0]))
+            if transposed
+            else (int(weight.shape[0]), int(weight.shape[-1]))
+        )
         owner = _Owner(module, f"{path}.weight" if path else "weight", n, k, transposed, refused)
         groups.setdefault(id(weight), (weight, []))[1].append(owner)
     return list(groups.values())

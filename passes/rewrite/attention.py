@@ -1,0 +1,79 @@
+"""Decode attention without repeated keys and values.
+
+Grouped-query models repeat each key/value head for the query heads that share it, which for one new token
+means copying the whole cache on every step. With a single query position the shared heads can be *rows* of
+one query instead: `[b, heads, 1, d]` becomes `[b, kv heads, group, d]`, and keys and values are read where
+they lie. Every row computes the same sums as before.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+from torch.nn import functional as F
+
+from qcompile.passes.base import Pass, PassContext
+from qcompile.passes.match import argument, hint, insert, op_name, shape_of, value_of
+
+_MERGES = ("reshape", "view", "flatten", "contiguous", "_unsafe_view")
+
+
+class GroupQueries(Pass):
+    """Rewrite single-position grouped-query attention; everything else is left alone."""
+
+    name: ClassVar[str] = "group_queries"
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> None:
+        for node in list(gm.graph.nodes):
+            if op_name(node) == "scaled_dot_product_attention":
+                _rewrite(gm.graph, node)
+        gm.graph.eliminate_dead_code()
+
+
+def _rewrite(graph: fx.Graph, node: fx.Node) -> None:
+    q, k, v = (argument(node, i, name) for i, name in enumerate(("query", "key", "value")))
+    mask, dropout = argument(node, 3, "attn_mask"), argument(node, 4, "dropout_p", 0.0)
+    causal, scale = argument(node, 5, "is_causal", False), argument(node, 6, "scale")
+    shape, bias = shape_of(q), shape_of(mask) or ()
+    if shape is None or len(shape) != 4 or hint(shape[2]) != 1 or not isinstance(shape[2], int):
+        return
+    # With is_causal the only query row would see the first key alone; a mask per head cannot be shared by
+    # rows.
+    if causal or dropout or (len(bias) >= 3 and bias[-3] != 1) or (len(bias) >= 2 and bias[-2] != 1):
+        return
+    grouped = argument(node, 7, "enable_gqa", False)
+    with graph.inserting_before(node):
+        keys = k if grouped else _before_repeat(graph, k, node)
+        values = v if grouped else _before_repeat(graph, v, node)
+        kv = shape_of(keys) if keys is not None else None
+        if keys is None or values is None or kv is None or shape_of(values) is None:
+            return
+        heads, shared = hint(shape[1]), hint(kv[1])
+        if not heads or not shared or heads == shared or heads % shared or shape_of(values)[1] != kv[1]:  # type: ignore[index]
+            return
+        rows = insert(graph, torch.reshape, q, (shape[0], shared, heads // shared, shape[3]), like=node)
+        new = insert(graph, F.scaled_dot_product_attention, rows, keys, values, attn_mask=mask, scale=scale, like=node)
+        back = insert(graph, torch.reshape, new, (shape[0], heads, 1, shape_of(v)[3]), like=node)  # type: ignore[index]
+    node.replace_all_uses_with(back)
+    graph.erase_node(node)
+
+
+def _before_repeat(graph: fx.Graph, node: Any, like: fx.Node) -> fx.Node | None:
+    """Keys or values `[b, kv heads, s, d]` before their heads were repeated; `None` when they were not."""
+    shape = shape_of(node)
+    if shape is None or not isinstance(node, fx.Node):
+        return None
+    if op_name(node) == "repeat_interleave" and argument(node, 2, "dim") in (1, -3):
+        base = node.args[0]
+        return base if isinstance(base, fx.Node) else None
+    while op_name(node) in _MERGES and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+        value = value_of(node)
+        # The repeat is a dimension of stride zero between heads and positions, whatever spelled it.
+        if isinstance(value, torch.Tensor) and value.dim() == 5 and value.stride(2) == 0:
+            b, heads, group, s, d = value.shape
+            if (b, heads * group, s, d) == tuple(shape):
+                return insert(graph, torch.select, node, 2, 0, like=like)
+    return None

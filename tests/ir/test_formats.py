@@ -1,0 +1,169 @@
+"""Formats mean what their fields say, and elements encode to the nearest level."""
+
+import math
+from itertools import pairwise
+from statistics import NormalDist
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qcompile.errors import QCError
+from qcompile.ir.elements import decode_element, encode_element
+from qcompile.ir.formats import FORMATS, SCALE_FORMATS, Format, ScaleFormat
+from qcompile.ir.scales import load_scale
+from qcompile.testing import oracles
+from qcompile.testing.strategies import formats
+
+ALL = list(FORMATS.values())
+FLOATS = [f for f in ALL if f.kind == "float"]
+TORCH_FLOATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+
+
+def used_codes(fmt: Format) -> list[int]:
+    """Codes of finite values that `encode` may produce."""
+    codes = len(fmt.table) or 1 << fmt.bits
+    return [c for c in range(codes) if math.isfinite(fmt.values[c]) and fmt.values[c] >= fmt.low]
+
+
+@pytest.mark.parametrize("fmt", ALL, ids=str)
+def test_every_code_round_trips(fmt: Format) -> None:
+    codes = torch.tensor(used_codes(fmt), dtype=torch.uint8)
+    for rounding in ("nearest", "floor"):
+        assert torch.equal(encode_element(decode_element(codes, fmt), fmt, rounding), codes)
+
+
+@pytest.mark.parametrize("fmt", ALL, ids=str)
+def test_levels_are_float32_numbers_and_decode_reads_them(fmt: Format) -> None:
+    codes = torch.arange(1 << fmt.bits).to(torch.uint8)
+    levels = fmt.levels()
+    assert levels.shape == (1 << fmt.bits,)
+    assert levels.dtype == torch.float32
+    assert torch.equal(torch.nan_to_num(decode_element(codes, fmt)), torch.nan_to_num(levels))
+    if fmt.kind != "table":  # nf4's published constants are float32 numbers printed with 16 digits
+        assert all(v == float(levels[c]) or math.isnan(v) for c, v in enumerate(fmt.values))
+
+
+@pytest.mark.parametrize("fmt", FLOATS, ids=str)
+def test_float_levels_follow_their_fields(fmt: Format) -> None:
+    for code, value in enumerate(fmt.values):
+        exact = oracles.float_level(fmt, code)
+        assert (exact == value) if exact is not None else not math.isfinite(value)
+
+
+@pytest.mark.parametrize("name", TORCH_FLOATS)
+def test_eight_bit_floats_agree_with_torch_bit_for_bit(name: str) -> None:
+    fmt, dtype = Format.of(name), TORCH_FLOATS[name]
+    codes = torch.arange(256).to(torch.uint8)
+    theirs, ours = codes.view(dtype).float(), fmt.levels()
+    assert torch.equal(ours.isnan(), theirs.isnan())
+    assert torch.equal(ours.nan_to_num(7.0), theirs.nan_to_num(7.0))
+    # every bfloat16 and half number, and the float32 neighbours of every level and midpoint between levels
+    levels = ours[ours.isfinite()].unique()
+    points = torch.cat((levels, (levels[1:] + levels[:-1]) / 2))
+    every16 = torch.arange(-(2**15), 2**15).to(torch.int16)
+    points = torch.cat((points, every16.view(torch.bfloat16).float(), every16.view(torch.float16).float()))
+    points = torch.cat((points, points.nextafter(torch.tensor(9e9)), points.nextafter(torch.tensor(-9e9))))
+    points = points[points.abs() <= fmt.max]
+    assert torch.equal(encode_element(points, fmt, "nearest"), points.to(dtype).view(torch.uint8))
+
+
+def test_nan_and_infinity_are_defined() -> None:
+    y = torch.tensor([math.nan, math.inf, -math.inf, 1e30, -1e30])
+    levels = {f.name: decode_element(encode_element(y, f, "nearest"), f).tolist() for f in ALL}
+    assert math.isnan(levels["e4m3"][0])
+    assert math.isnan(levels["e4m3"][1])
+    assert math.isnan(levels["e5m2"][0])
+    assert levels["e5m2"][1:3] == [math.inf, -math.inf]
+    for fmt in ALL:
+        assert levels[fmt.name][3:] == [fmt.max, fmt.low]
+        if fmt.nonfinite == "none":
+            assert levels[fmt.name][:3] == [fmt.values[fmt.zero_code], fmt.max, fmt.low]
+
+
+@given(formats(), st.data())
+def test_nearest_is_nearest(fmt: Format, data: st.DataObject) -> None:
+    levels = sorted(fmt.values[c] for c in used_codes(fmt))
+    middles = [(a + b) / 2 for a, b in pairwise(levels)]
+    y = torch.tensor(
+        data.draw(st.lists(st.floats(-2 * fmt.max, 2 * fmt.max, width=32) | st.sampled_from(middles), min_size=1))
+    )
+    y = torch.cat((y, y.nextafter(torch.tensor(9e9)), y.nextafter(torch.tensor(-9e9))))
+    for value, code in zip(y.tolist(), encode_element(y, fmt, "nearest").tolist(), strict=True):
+        assert code in oracles.nearest_codes(value, fmt)
+
+
+@pytest.mark.parametrize("fmt", [f for f in ALL if f.kind != "table"], ids=str)
+def test_ties_go_to_the_even_code(fmt: Format) -> None:
+    levels = torch.tensor(sorted({fmt.values[c] for c in used_codes(fmt)}))
+    codes = encode_element((levels[1:] + levels[:-1]) / 2, fmt, "nearest")
+    assert not (codes & 1).any()
+
+
+def test_ties_of_tables_go_towards_zero_and_the_sign_of_zero_is_positive() -> None:
+    ternary, binary = Format.of("ternary"), Format.of("binary")
+    halves = torch.tensor([-1.5, -0.5, 0.5, 1.5])
+    assert decode_element(encode_element(halves, ternary, "nearest"), ternary).tolist() == [-1, 0, 0, 1]
+    zeros = torch.tensor([-0.0, 0.0, -(2.0**-149)])
+    assert decode_element(encode_element(zeros, binary, "nearest"), binary).tolist() == [1, 1, -1]
+
+
+@given(formats(), st.data())
+def test_floor_is_the_level_below(fmt: Format, data: st.DataObject) -> None:
+    y = data.draw(st.floats(fmt.low, fmt.max, width=32))
+    value = fmt.values[int(encode_element(torch.tensor([y]), fmt, "floor"))]
+    below = max(fmt.values[c] for c in used_codes(fmt) if fmt.values[c] <= y)
+    assert value == below
+
+
+def test_nf4_is_made_of_normal_quantiles() -> None:
+    # QLoRA: 8 positive and 7 negative quantiles between 1/2 and 0.9677083, and zero, scaled to end at 1
+    quantile, top = NormalDist().inv_cdf, 0.9677083
+    positive = [quantile(0.5 + (top - 0.5) * i / 8) for i in range(1, 9)]
+    negative = [-quantile(0.5 + (top - 0.5) * i / 7) for i in range(7, 0, -1)]
+    expected = [v / positive[-1] for v in (*negative, 0.0, *positive)]
+    # the constant has 7 digits: off by 5e-8 it moves a quantile, of density phi(1.848) = 0.0723, by 7e-7
+    assert all(abs(a - b) <= 7e-7 for a, b in zip(expected, Format.of("nf4").values, strict=True))
+
+
+def test_properties_kernels_read() -> None:
+    assert Format.of("int4").offset == 8
+    assert Format.of("uint4").offset == 0
+    assert Format.of("ternary").offset == 1
+    assert {f.name for f in ALL if not f.is_integer} == {"e4m3", "e5m2", "e3m2", "e2m3", "e2m1", "nf4"}
+    assert {f.bits: f.planes for f in ALL} == {
+        1: (1,),
+        2: (2,),
+        3: (2, 1),
+        4: (4,),
+        5: (4, 1),
+        6: (4, 2),
+        7: (4, 2, 1),
+        8: (8,),
+    }
+    with pytest.raises(QCError, match=r"format\.no-offset"):
+        _ = Format.of("nf4").offset
+
+
+def test_unknown_names_suggest() -> None:
+    with pytest.raises(QCError, match="did you mean 'e4m3'") as caught:
+        Format.of("E4M3")
+    assert caught.value.code == "format.unknown"
+    with pytest.raises(QCError, match="did you mean 'fp16'"):
+        ScaleFormat.of("fp61")
+
+
+@pytest.mark.parametrize("fmt", SCALE_FORMATS.values(), ids=str)
+def test_scale_formats_hold_their_range_exactly(fmt: ScaleFormat) -> None:
+    if fmt.kind == "float":
+        ends = torch.tensor([fmt.low, fmt.high], dtype=torch.float64)
+        assert torch.equal(ends.to(fmt.dtype).double(), ends)
+        return
+    values = load_scale(torch.arange(256).to(torch.uint8).view(fmt.dtype), fmt)
+    finite = values[values.isfinite()].tolist()
+    assert fmt.low in finite
+    assert fmt.high in finite
+    if fmt.kind == "exponent":
+        assert sorted(finite) == [2.0**e for e in range(-127, 128)]
+        assert int(values.isnan().sum()) == 1
