@@ -9,14 +9,18 @@ plain-torch meaning.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from qcompile import compat
 from qcompile.codegen.devices.cpu import CpuLowering
-from qcompile.codegen.registry import Verdict
+from qcompile.codegen.registry import Kernel, Verdict
 from qcompile.codegen.spec import KernelSpec
 from qcompile.ir.matmul import OUT_DTYPES, MatmulSpec
 
@@ -41,6 +45,27 @@ def install() -> None:
             compat.register_fallback(op)
 
 
+_DUMP: ContextVar[Path | None] = ContextVar("qcompile_dump", default=None)
+
+
+@contextmanager
+def dumping(folder: Path | None) -> Iterator[None]:
+    """Write the text of every kernel generated inside the block to `folder/kernels/`."""
+    token = _DUMP.set(folder)
+    try:
+        yield
+    finally:
+        _DUMP.reset(token)
+
+
+def _dump(kernel: Kernel) -> None:
+    folder = _DUMP.get()
+    if folder is not None:
+        (folder / "kernels").mkdir(parents=True, exist_ok=True)
+        name = hashlib.sha256(kernel.source.encode()).hexdigest()[:12]
+        (folder / "kernels" / f"{name}.cpp").write_text(f"// {kernel.spec}\n{kernel.source}")
+
+
 def _lower_qmm(x: Any, parts: Sequence[Any], extras: Sequence[Any], spec: str) -> Any:
     what = MatmulSpec.parse(spec)
     dtypes = [extra.get_dtype() for extra in extras]
@@ -48,6 +73,7 @@ def _lower_qmm(x: Any, parts: Sequence[Any], extras: Sequence[Any], spec: str) -
         return compat.fallback(_ops.qmm.default)(x, parts, extras, spec)
     out = OUT_DTYPES[what.out] if what.out else x.get_dtype()
     kernel = CpuLowering().emit(KernelSpec.of(what, x.get_dtype(), out, tuple(dtypes)))
+    _dump(kernel)
 
     x = compat.rows_with_one_stride(x)
     mats = [
@@ -76,4 +102,4 @@ def _lower_qmm(x: Any, parts: Sequence[Any], extras: Sequence[Any], spec: str) -
     )
 
 
-__all__ = ["install", "verdict"]
+__all__ = ["dumping", "install", "verdict"]

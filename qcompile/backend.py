@@ -49,6 +49,7 @@ from qcompile.plan.plan import Plan
 from qcompile.plan.recipe import Recipe
 from qcompile.runtime.frozen import FrozenCall, Slot
 from qcompile.runtime.store import STORE
+from qcompile.verify import verifying
 
 DEFAULT_PASSES: tuple[Pass, ...] = (
     GroupQueries(),
@@ -154,12 +155,18 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -
         inner = compat.inner_compile()
         for item in reversed(_stage(passes, "compile")):
             inner = item.wrap(inner, ctx)
+        if options.verify:
+            inner = verifying(inner, ctx)
         values = [
             *(compat.compile_example(n.meta["example_value"]) for n in packed),
             *(ctx.inputs[n.name] for n in kept),
         ]
-        config = {**_CONFIG, **options.inductor, **compat.Fingerprint.patch(fingerprint(passes, ctx))}
-        compiled = compat.compile_fx(work, values, inner_compile=_post(passes, inner, ctx), config=config)
+        # A cached graph generates no kernels, so there would be nothing to dump.
+        uncached = {"force_disable_caches": True} if options.dump else {}
+        config = {**_CONFIG, **uncached, **options.inductor}
+        config = compat.Fingerprint.patch(fingerprint(passes, ctx), config)
+        with inductor.dumping(options.dump):
+            compiled = compat.compile_fx(work, values, inner_compile=_post(passes, inner, ctx), config=config)
     if not packed and len(kept) == len(names):
         return compiled
     position = {name: index for index, name in enumerate(names)}

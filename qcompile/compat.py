@@ -161,8 +161,8 @@ class Fingerprint:
     """
 
     @staticmethod
-    def patch(text: str) -> dict[str, object]:
-        """Configuration entries that carry `text`."""
+    def patch(text: str, config: Mapping[str, object]) -> dict[str, object]:
+        """`config` with an entry that carries `text`; a pass of the user's in that place still runs and still counts."""
         from torch._inductor.custom_graph_pass import CustomGraphPass
 
         class Carrier(CustomGraphPass):
@@ -170,12 +170,17 @@ class Fingerprint:
                 self.text = text
 
             def __call__(self, graph: fx.Graph) -> None:
-                return None
+                if theirs is not None:
+                    theirs(graph)
 
-            def uuid(self) -> str:
-                return self.text
+            def uuid(self) -> Any:
+                if theirs is None:
+                    return self.text
+                own = getattr(theirs, "uuid", lambda: None)()
+                return None if own is None else f"{self.text} {own}"  # None: not cacheable, as for the user's pass alone
 
-        return {"post_grad_custom_post_pass": Carrier(text)}
+        theirs = cast("Any", config.get(name := "post_grad_custom_post_pass"))
+        return {**config, name: Carrier(text)}
 
 
 def compile_fx(
@@ -447,3 +452,13 @@ def stride_hints(value: object) -> tuple[int, ...] | None:
         return None
     found = [size_hint(s) for s in value.stride()]
     return None if None in found else cast("tuple[int, ...]", tuple(found))
+
+
+def unlimited_recompiles() -> AbstractContextManager[object]:
+    """No limit on how often Dynamo may compile one piece of code."""
+    from torch._dynamo import config
+
+    many = 1 << 30
+    return cast(
+        "AbstractContextManager[object]", config.patch(recompile_limit=many, accumulated_recompile_limit=many)
+    )

@@ -17,10 +17,12 @@ from rich.console import Console
 from rich.table import Table
 
 from qcompile import compat
-from qcompile.backend import compile_graph, watching
+from qcompile.backend import qcompile, watching
 from qcompile.options import Options
 from qcompile.passes.base import PassContext
 from qcompile.plan.plan import Decision
+from qcompile.plan.recipe import PRESETS
+from qcompile.runtime.store import Entry
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Row:
 
     Attributes:
         graph: number of the graph (0 unless the model has graph breaks).
-        kind: linear, head, embedding, bmm, conv or attention.
+        kind: linear, head, embedding, bmm, conv or attention; "bias" for the joined biases of a merged matmul.
         path: module path of the weight.
         source: the user's "file.py:line".
         shape: `(m, n, k)` of the contraction; `m` is `None` when symbolic, n and k are 0 without a weight.
@@ -135,26 +137,40 @@ def explain(
     with watching(only_plan=True) as trace:
 
         def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-            return compile_graph(gm, inputs, settings)
+            return qcompile(gm, inputs, options=settings)
 
-        target = compat.uncompiled(model)
-        with torch.no_grad():
-            run: Callable[..., Any] = torch.compile(target, backend=backend)
+        with torch.no_grad(), compat.unlimited_recompiles():
+            run: Callable[..., Any] = torch.compile(_fresh(compat.uncompiled(model)), backend=backend)
             run(*args, **kwargs)
     return summarize(trace.contexts)
+
+
+def _fresh(target: Callable[..., Any]) -> Callable[..., Any]:
+    """`target` behind a code object of its own: Dynamo keeps compiled graphs, and counts them against its limit, by
+    code object, and explaining a model must not use up what its user has."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return target(*args, **kwargs)
+
+    call.__code__ = call.__code__.replace()
+    return call
 
 
 def summarize(contexts: list[PassContext]) -> Explanation:
     """The explanation of a list of compiled graphs."""
     rows: list[Row] = []
-    counted: set[int] = set()
+    counted: set[object] = set()
     for number, ctx in enumerate(contexts):
         for decision in ctx.plan:
-            entry = decision.entry
-            fresh = entry is None or id(entry) not in counted
-            if entry is not None:
-                counted.add(id(entry))
-            rows.append(_row(number, decision, fresh, ctx))
+            # A weight that was given up (`convert`) has no entry: its module path names it in every graph.
+            key = id(decision.entry) if decision.entry is not None else (decision.site.path, decision.bytes_after)
+            rows.append(_row(number, decision, key not in counted))
+            if decision.bytes_after:
+                counted.add(key)
+        for item in ctx.packed:
+            if item.entry.scheme is None and id(item.entry) not in counted:
+                counted.add(id(item.entry))
+                rows.append(_constant(number, item.entry))
     flops = sum(row.flops for row in rows)
     coverage = sum(row.flops for row in rows if row.quantized) / flops if flops else 1.0
     unused = _unused(contexts)
@@ -162,7 +178,14 @@ def summarize(contexts: list[PassContext]) -> Explanation:
     return Explanation(tuple(rows), coverage, len(contexts), name, unused)
 
 
-def _row(graph: int, decision: Decision, fresh: bool, ctx: PassContext) -> Row:
+def _constant(graph: int, entry: Entry) -> Row:
+    """Joined biases of a merged matmul: the store holds a second copy of them."""
+    reason = "joined biases of a merged matmul, kept as they are"
+    where, size = entry.expression.where, entry.nbytes
+    return Row(graph, "bias", where, "", (None, 0, 0), "float", "", 0, 0, size, None, reason)
+
+
+def _row(graph: int, decision: Decision, fresh: bool) -> Row:
     site = decision.site
     scheme = "float"
     if decision.weight is not None:
@@ -184,9 +207,11 @@ def _row(graph: int, decision: Decision, fresh: bool, ctx: PassContext) -> Row:
 
 
 def _unused(contexts: list[PassContext]) -> tuple[str, ...]:
-    """Rules that matched in no graph."""
+    """Rules that matched in no graph. Presets are made for any model: nothing is wrong with theirs."""
     everywhere = None
     for ctx in contexts:
+        if ctx.recipe is PRESETS.get(ctx.recipe.name):
+            continue
         here = {str(rule.to_json()) for rule in ctx.plan.unused_rules}
         everywhere = here if everywhere is None else everywhere & here
     return tuple(sorted(everywhere or ()))

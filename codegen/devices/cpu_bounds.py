@@ -81,10 +81,10 @@ def expected(spec: KernelSpec, x: torch.Tensor, parts: Sequence[torch.Tensor], n
         used, roundings = wide.double(), 0
     error = torch.zeros(x.shape[0], n, dtype=torch.float64)
     if how == "digits2":
-        padded = torch.nn.functional.pad(used.abs(), (0, blocks * BLOCK - k)).reshape(-1, blocks, BLOCK)
+        padded = torch.nn.functional.pad(used.abs(), (0, blocks * BLOCK - k)).reshape(x.shape[0], blocks, BLOCK)
         absmax = padded.amax(-1, keepdim=True)
         step = torch.where(absmax > TINY_BLOCK, 0.51 * absmax / 32639, absmax).expand_as(padded)
-        step = step.reshape(x.shape[0], -1)[:, :k]
+        step = step.reshape(x.shape[0], blocks * BLOCK)[:, :k]
         error = step @ weight.abs().T
         roundings, bounded = 2 * blocks + 2 * groups + 8, used.abs() + step
     else:

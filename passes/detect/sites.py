@@ -122,9 +122,16 @@ def _refusal(weight: Weight | None, value: Any, ctx: PassContext) -> str:
         return f"the weight has dtype {value.dtype}"
     if weight.packed is not None and packed_rows(weight) is None:
         return "a view of the packed weight that does not keep whole rows"
-    if ctx.training and any(getattr(ctx.inputs.get(root.name), "requires_grad", False) for root in weight.roots):
+    if may_be_trained(weight, ctx):
         return "autograd is recording and this weight may be trained: use torch.no_grad() or inference_mode()"
     return ""
+
+
+def may_be_trained(weight: Weight, ctx: PassContext) -> bool:
+    """Whether a gradient may be asked for: a packed copy, which is a constant, would lose it."""
+    return ctx.training and any(
+        getattr(ctx.inputs.get(root.name), "requires_grad", False) for root in weight.roots
+    )
 
 
 def _attention(index: int, node: fx.Node, *_: Any) -> Site:
@@ -155,7 +162,7 @@ def _activation_site(index: int, kind: str, node: fx.Node, flops: int, refused: 
     return Site(index, kind, "", source_line(node), 0, 0, None, flops, _dtype(node), refused=refused)
 
 
-__all__ = ["SITE", "Detect", "is_head", "operand_shape"]
+__all__ = ["SITE", "Detect", "is_head", "may_be_trained", "operand_shape"]
 _DESCRIBE: dict[str, Callable[..., Site]] = {
     "linear": _linear,
     "embedding": _embedding,

@@ -16,15 +16,10 @@ import torch
 from torch import fx
 
 from qcompile import compat
-from qcompile.passes.match import op_name, value_of
+from qcompile.ir.packing import PANEL
+from qcompile.ir.scheme import Scheme
+from qcompile.passes.match import PURE, op_name, value_of, writes
 from qcompile.runtime.store import WeightExpression
-
-# Views, casts and joins: cheap, pure, and they keep values (so that a scheme's scale still means something).
-_PURE = frozenset(
-    "T mT t transpose permute view reshape flatten unflatten chunk split unbind getitem narrow select slice "
-    "unsqueeze squeeze expand expand_as contiguous clone to type float half bfloat16 double detach data "
-    "cat stack swapaxes swapdims movedim view_as alias".split()
-)
 
 
 @dataclass(frozen=True)
@@ -80,7 +75,7 @@ def constant_nodes(graph: fx.Graph, inputs: Mapping[str, Any]) -> set[fx.Node]:
         elif is_decode(node):
             if all(n.op == "placeholder" for n in node.all_input_nodes):
                 found.add(node)
-        elif op_name(node) in _PURE and node.all_input_nodes and all(n in found for n in node.all_input_nodes):
+        elif op_name(node) in PURE and node.all_input_nodes and all(n in found for n in node.all_input_nodes):
             found.add(node)
     return found - _written(graph, found)
 
@@ -90,14 +85,12 @@ def _written(graph: fx.Graph, constants: set[fx.Node]) -> set[fx.Node]:
     call."""
     written: set[fx.Node] = set()
     for node in graph.nodes:
-        name = op_name(node)
-        if name.endswith("_") and not name.endswith("__") and node.args and node.args[0] in constants:
-            stack = [node.args[0]]
-            while stack:
-                current = stack.pop()
-                if current in constants and current not in written:
-                    written.add(current)
-                    stack += [*current.all_input_nodes, *current.users]
+        stack = [operand for operand in writes(node) if operand in constants]
+        while stack:
+            current = stack.pop()
+            if current in constants and current not in written:
+                written.add(current)
+                stack += [*current.all_input_nodes, *current.users]
     return written
 
 
@@ -151,7 +144,7 @@ def expression_of(node: fx.Node, roots: Sequence[fx.Node], chain: Sequence[fx.No
 
 def packed_rows(weight: Weight) -> tuple[int, int] | None:
     """Which rows of its packed table a weight expression reads, `(first row, rows)`; `None` when it is no row
-    range.
+    range, or one that begins inside a panel.
 
     Packed parts can only be used through views that keep whole rows. Strides and offset of the view decide
     that, on a tensor without storage, so any chain of transposes that cancels out is seen through.
@@ -167,7 +160,14 @@ def packed_rows(weight: Weight) -> tuple[int, int] | None:
     same_storage = view.untyped_storage()._cdata == probe.untyped_storage()._cdata
     if not same_storage or rest or view.dim() != 2 or view.shape[1] != k or view.stride() != (k, 1):
         return None
+    if first % row_unit(Scheme.parse(str(weight.packed.args[1]))):
+        return None
     return first, int(view.shape[0])
+
+
+def row_unit(scheme: Scheme) -> int:
+    """How many rows lie together in one piece of packed tensors, which cannot be cut."""
+    return 1 if scheme.packing == "rows" else PANEL
 
 
 def operand_shape(weight: Weight) -> tuple[int, ...]:

@@ -18,8 +18,8 @@ from qcompile.ir.matmul import MatmulSpec
 from qcompile.ir.scheme import Scheme
 from qcompile.passes.base import PackedInput, Pass, PassContext
 from qcompile.passes.detect.sites import SITE
-from qcompile.passes.detect.weights import Weight, constant_nodes, packed_rows, weight_of
-from qcompile.passes.match import argument, insert, op_name, pick, shape_of, value_of
+from qcompile.passes.detect.weights import Weight, constant_nodes, packed_rows, row_unit, weight_of
+from qcompile.passes.match import argument, drop_dead, insert, op_name, pick, shape_of, value_of
 from qcompile.runtime.store import Entry, WeightExpression
 
 
@@ -52,7 +52,7 @@ class Freeze(Pass):
                 groups.setdefault(group, []).append(node)
         for members in groups.values():
             work.matmul(members)
-        gm.graph.eliminate_dead_code()
+        drop_dead(gm.graph)
         for node in list(gm.graph.nodes):
             if (
                 node.op == "placeholder"
@@ -159,7 +159,8 @@ class _Freezer:
         assert weight is not None
         if weight.packed is not None:
             packed, before, after = self.already_packed(weight)
-            self.account(node, scheme, (weight.roots, weight.expression.text), before, after, None)
+            parts = tuple(weight.packed.args[0])  # type: ignore[arg-type]
+            self.account(node, scheme, (parts, packed_rows(weight)), before, after, None)
             return packed
         entry = self.entry(weight.roots, weight.expression, scheme)
         value = value_of(weight.node)
@@ -197,8 +198,10 @@ class _Freezer:
         total = shape_of(parts[0])
         assert total is not None
         if (first, count) != (0, int(weight.packed.args[2])):  # type: ignore[arg-type]
-            start, panels = first // 16, -(-count // 16)
-            with self.graph.inserting_after(weight.packed):
+            unit = row_unit(Scheme.parse(str(weight.packed.args[1])))
+            start, panels = first // unit, -(-count // unit)
+            # In front of all calls: a merged matmul stands where its first member does, maybe before this decode.
+            with self.graph.inserting_before(next(n for n in self.graph.nodes if n.op != "placeholder")):
                 nodes = tuple(insert(self.graph, torch.narrow, p, 0, start, panels, like=weight.packed) for p in nodes)
         values = [value_of(p) for p in nodes]
         width = torch.empty((), dtype=weight.packed.args[4]).element_size()  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from torch import fx
 from torch.nn import functional as F
 
 from qcompile.passes.base import Pass, PassContext
-from qcompile.passes.match import argument, hint, insert, op_name, shape_of, value_of
+from qcompile.passes.match import argument, drop_dead, hint, insert, op_name, shape_of, value_of
 
 _MERGES = ("reshape", "view", "flatten", "contiguous", "_unsafe_view")
 
@@ -29,7 +29,7 @@ class GroupQueries(Pass):
         for node in list(gm.graph.nodes):
             if op_name(node) == "scaled_dot_product_attention":
                 _rewrite(gm.graph, node)
-        gm.graph.eliminate_dead_code()
+        drop_dead(gm.graph)
 
 
 def _rewrite(graph: fx.Graph, node: fx.Node) -> None:

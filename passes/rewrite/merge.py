@@ -12,9 +12,9 @@ from typing import ClassVar
 from torch import fx
 
 from qcompile.passes.base import Pass, PassContext
-from qcompile.passes.detect.sites import SITE
-from qcompile.passes.detect.weights import constant_nodes
-from qcompile.passes.match import argument, op_name
+from qcompile.passes.detect.sites import SITE, may_be_trained
+from qcompile.passes.detect.weights import constant_nodes, weight_of
+from qcompile.passes.match import argument, effects_before, op_name
 
 MAX_SEGMENTS = 8
 
@@ -26,17 +26,20 @@ class Merge(Pass):
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> None:
         constants = constant_nodes(gm.graph, ctx.inputs)
+        effects = effects_before(gm.graph)
         groups: dict[tuple[object, ...], list[int]] = {}
         for node in gm.graph.nodes:
             index = node.meta.get(SITE)
             if index is None or op_name(node) != "linear" or not ctx.plan.decisions[index].quantized:
                 continue
-            bias = argument(node, 2, "bias")
-            if bias is not None and bias not in constants:
-                continue  # computed bias: it may come later than the first member of the group
+            bias = weight_of(argument(node, 2, "bias"), constants)
+            if argument(node, 2, "bias") is not None and (bias is None or may_be_trained(bias, ctx)):
+                # A computed bias may come later than the first member of the group; the joined biases are a constant.
+                continue
             decision = ctx.plan.decisions[index]
             key = (
                 argument(node, 0, "input"),
+                effects[node],  # the members move to the place of the first: nothing may be written in between
                 decision.weight,
                 decision.act,
                 decision.site.k,

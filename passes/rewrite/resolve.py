@@ -6,6 +6,7 @@ at this graph's number of rows; `memory` packs whatever can be packed; `accuracy
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import replace
 from typing import ClassVar
@@ -14,6 +15,7 @@ import torch
 from torch import fx
 
 from qcompile.errors import QCError, QCWarning
+from qcompile.ir.granularity import Nested
 from qcompile.ir.matmul import MatmulSpec
 from qcompile.ir.scheme import Scheme
 from qcompile.passes.base import Pass, PassContext, node_device
@@ -23,6 +25,9 @@ from qcompile.passes.match import argument
 from qcompile.plan.plan import Decision
 from qcompile.plan.recipe import Choice
 from qcompile.plan.site import Site
+
+
+_PACKED = "packed by convert"
 
 
 class Resolve(Pass):
@@ -46,7 +51,7 @@ class Resolve(Pass):
             choice = _choose(ctx, site, weight)
             choices.append(choice)
             _decide(ctx, site, choice, node)
-        ctx.plan.unused_rules = ctx.recipe.unused(choices) if choices else []
+        ctx.plan.unused_rules = ctx.recipe.unused(choices)
 
 
 def real_weight(weight: Weight, ctx: PassContext) -> torch.Tensor:
@@ -55,13 +60,32 @@ def real_weight(weight: Weight, ctx: PassContext) -> torch.Tensor:
         return weight.expression.evaluate(*(ctx.inputs[root.name].detach() for root in weight.roots))
 
 
+def refuse_ragged(scheme: Scheme, n: int, k: int, where: str) -> None:
+    """Raise `QCError` ("scheme.ragged") when a group or block of a scheme does not divide a weight `[n, k]`."""
+    granularity = scheme.granularity
+    levels = (granularity.inner, granularity.outer) if isinstance(granularity, Nested) else (granularity,)
+    for level in levels:
+        for axis, size, length in zip("NK", (n, k), level.cell(2), strict=True):
+            if length and size % length:
+                raise QCError(
+                    "scheme.ragged",
+                    f"{level} of {scheme} does not divide {axis}={size}",
+                    where=where,
+                    why=f"the last group would hold {size % length} of {length} weights; strict refuses that",
+                    next=f"use a group that divides {size} (such as {math.gcd(size, length)}), or strict=False",
+                )
+
+
 def _choose(ctx: PassContext, site: Site, weight: Weight) -> Choice:
     if weight.packed is not None:
         # The scheme was fixed when the weight was given up; the recipe may still ask for low-bit activations.
         fixed = Scheme.parse(str(weight.packed.args[1]))
         choice = ctx.recipe.resolve(replace(site, weight_dtype=str(fixed)))
-        return replace(choice, weight=fixed, act=choice.act, reason="packed by convert")
-    return ctx.recipe.resolve(site, lambda: real_weight(weight, ctx))
+        return replace(choice, weight=fixed, act=choice.act, reason=_PACKED)
+    try:
+        return ctx.recipe.resolve(site, lambda: real_weight(weight, ctx))
+    except QCError as error:
+        raise error.at(site.path or site.source) from error
 
 
 def _refuse(ctx: PassContext, site: Site, reason: str) -> None:
@@ -85,6 +109,8 @@ def _decide(ctx: PassContext, site: Site, choice: Choice, node: fx.Node) -> None
     plan.decisions[site.index] = decision
     if choice.weight is None:
         return
+    if options.strict and choice.reason != _PACKED:
+        refuse_ragged(choice.weight, site.n, site.k, site.path or site.source)
     act = None if options.policy == "accuracy" else choice.act
     if act is not choice.act:
         plan.update(site.index, act=None, reason='policy="accuracy" keeps activations exact')
@@ -98,11 +124,11 @@ def _decide(ctx: PassContext, site: Site, choice: Choice, node: fx.Node) -> None
         reason = f"no fast kernel for {choice.weight}: {kernel.reason}"
         if options.strict:
             raise QCError("kernel.none", reason, where=site.path, next="choose another scheme or strict=False")
-        if options.policy == "speed" and choice.reason != "packed by convert":
+        if options.policy == "speed" and choice.reason != _PACKED:
             plan.keep_float(site.index, f"{reason}; policy='memory' packs it anyway")
             return
         plan.update(site.index, kernel="reference", reason=reason)
-    elif kernel.slower_than_float and options.policy == "speed" and choice.reason != "packed by convert":
+    elif kernel.slower_than_float and options.policy == "speed" and choice.reason != _PACKED:
         plan.keep_float(site.index, f"{kernel.name} would be slower than float here: {kernel.reason}")
     else:
         plan.update(site.index, kernel=kernel.name)
@@ -110,10 +136,11 @@ def _decide(ctx: PassContext, site: Site, choice: Choice, node: fx.Node) -> None
 
 def warn_notes(ctx: PassContext) -> None:
     """Say once per compile what the user must know."""
-    for rule in ctx.plan.unused_rules:
+    looked_at = any(not decision.site.refused for decision in ctx.plan)
+    for rule in ctx.plan.unused_rules if looked_at else ():
         if rule.path != "*":
             warnings.warn(
-                f"recipe {ctx.recipe.name!r}: rule path={rule.path!r} matched no site",
+                f"recipe {ctx.recipe.name!r}: rule path={rule.path!r} matched no site of this graph",
                 QCWarning,
                 stacklevel=2,
             )

@@ -139,7 +139,7 @@ def _speed(row: dict[str, Any], name: str) -> str:
 
 NOTES = (
     "second lines: x float eager; speeds: x float eager / x float with Inductor, median of the rounds",
-    "weights: what the engine computes with; resident: the whole process, with the float weights unless converted",
+    "weights: what the engine computes with; resident: the process, with the float weights unless converted",
     "first call: prompt graph + decode graph, compiled on an empty cache unless marked",
 )
 

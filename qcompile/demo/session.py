@@ -63,6 +63,14 @@ class Session:
         result: torch.Tensor = self.call(input_ids=ids, past_key_values=self.cache, use_cache=True).logits
         return result
 
+    def place(self, ids: torch.Tensor) -> torch.Tensor:
+        """A copy of token ids as an ordinary contiguous tensor of inference mode.
+
+        Graphs are guarded on strides (of a dimension of size 1 too) and on inference mode: a slice of a longer
+        tensor would compile every graph once more.
+        """
+        return ids.clone(memory_format=torch.contiguous_format)
+
     @torch.inference_mode()
     def first_calls(self, prompt: torch.Tensor) -> Iterator[float]:
         """Seconds of the first prompt call, then of the first decode step: compiling included.
@@ -71,9 +79,10 @@ class Session:
             prompt: `[1, chunk]`.
         """
         self.cache.reset()
-        for ids in (prompt, prompt[:, :1]):
+        ids = self.place(prompt)
+        for _ in range(2):
             start = time.perf_counter()
-            self.logits(ids)
+            ids = self.logits(ids)[:, -1].argmax(-1, keepdim=True)
             yield time.perf_counter() - start
 
     @torch.inference_mode()
@@ -85,6 +94,7 @@ class Session:
             steps: at most `window - chunk`.
         """
         self.cache.reset()
+        prompt = self.place(prompt)
         gc.collect()
         clock = time.perf_counter
         start = clock()
@@ -105,7 +115,7 @@ class Session:
         self.cache.reset()
         total = 0.0
         for start in range(0, self.window, self.chunk):
-            logits = self.logits(window[None, start : start + self.chunk])[0]
+            logits = self.logits(self.place(window[None, start : start + self.chunk]))[0]
             wanted = window[start + 1 : start + self.chunk + 1]
             total += float(cross_entropy(logits[: len(wanted)].float(), wanted, reduction="sum"))
         return total
@@ -119,7 +129,7 @@ class Session:
         """
         self.cache.reset()
         for token in prompt.split(1, dim=1):
-            logits = self.logits(token)
+            logits = self.logits(self.place(token))
         found: list[int] = []
         for _ in range(min(limit, self.window - prompt.shape[1])):
             token = logits[:, -1].argmax(-1, keepdim=True)

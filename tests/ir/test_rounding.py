@@ -85,7 +85,7 @@ def test_every_format_rounds_without_bias(fmt: Format, data: st.DataObject) -> N
     at = min(max(bisect_right(neighbours, y), 1), len(neighbours) - 1)
     gap = neighbours[at] - neighbours[at - 1]
     # the chance is the fraction (y - below) / gap, rounded to 16 bits: off by at most 2**-17. For tables the
-    # fraction is itself computed in float32: differences and a quotient of numbers up to 1, off by 2**-24 each.
+    # fraction is itself computed in float32: differences and a quotient of numbers up to 1, 2**-24 each.
     slack = 4 * 2.0**-24 if fmt.kind == "table" else 0.0
     assert abs(float(values.mean()) - y) <= 2.0**-17 * gap + slack
     assert set(values.tolist()) <= {neighbours[at - 1], neighbours[at]}
