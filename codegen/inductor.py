@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import fx
 
 from qcompile import compat
 from qcompile.codegen.devices.cpu import CpuLowering
@@ -25,6 +27,7 @@ from qcompile.codegen.spec import KernelSpec
 from qcompile.ir.matmul import OUT_DTYPES, MatmulSpec
 
 _ops = torch.ops.qcompile
+_POOL = ThreadPoolExecutor(2, thread_name_prefix="qcompile-build")
 
 
 def verdict(spec: MatmulSpec, device: torch.device, x: torch.dtype, extras: Sequence[torch.dtype] = ()) -> Verdict:
@@ -35,6 +38,30 @@ def verdict(spec: MatmulSpec, device: torch.device, x: torch.dtype, extras: Sequ
         return Verdict(False, f"activations of dtype {x}")
     y = OUT_DTYPES[spec.out] if spec.out else x
     return CpuLowering().supports(KernelSpec.of(spec, x, y, tuple(extras)))
+
+
+def prebuild(gm: fx.GraphModule) -> None:
+    """Start building every kernel of a functional graph in the background.
+
+    Inductor compiles one piece of the graph after the other and waits for the compiler each time; by then these are under
+    way or done. It takes the very same files from the code cache.
+    """
+    wanted: dict[str, Kernel] = {}
+    for node in gm.graph.nodes:
+        if node.target is _ops.qmm.default:
+            x, _, extras, text = node.args
+            spec, dtype = MatmulSpec.parse(text), x.meta["val"].dtype
+            dtypes = [extra.meta["val"].dtype for extra in extras]
+            if verdict(spec, x.meta["val"].device, dtype, dtypes).ok:
+                kernel = _kernel(spec, dtype, dtypes)
+                wanted[kernel.source] = kernel
+    for kernel in wanted.values():
+        # The context carries Inductor's settings, which decide the flags and so the name of the built file.
+        _POOL.submit(copy_context().run, compat.load_cpp_kernel, kernel.argtypes, compat.framed(kernel.source))
+
+
+def _kernel(spec: MatmulSpec, x: torch.dtype, extras: Sequence[torch.dtype]) -> Kernel:
+    return CpuLowering().emit(KernelSpec.of(spec, x, OUT_DTYPES[spec.out] if spec.out else x, tuple(extras)))
 
 
 def install() -> None:
@@ -72,7 +99,7 @@ def _lower_qmm(x: Any, parts: Sequence[Any], extras: Sequence[Any], spec: str) -
     if compat.cpp_wrapper_active() or not verdict(what, x.get_device(), x.get_dtype(), dtypes).ok:
         return compat.fallback(_ops.qmm.default)(x, parts, extras, spec)
     out = OUT_DTYPES[what.out] if what.out else x.get_dtype()
-    kernel = CpuLowering().emit(KernelSpec.of(what, x.get_dtype(), out, tuple(dtypes)))
+    kernel = _kernel(what, x.get_dtype(), dtypes)
     _dump(kernel)
 
     x = compat.rows_with_one_stride(x)
@@ -102,4 +129,4 @@ def _lower_qmm(x: Any, parts: Sequence[Any], extras: Sequence[Any], spec: str) -
     )
 
 
-__all__ = ["dumping", "install", "verdict"]
+__all__ = ["dumping", "install", "prebuild", "verdict"]

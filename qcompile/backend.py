@@ -213,6 +213,7 @@ def _post(passes: Sequence[Pass], inner: Callable[..., Any], ctx: PassContext) -
     def compile_inner(gm: fx.GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
         if settings.get("is_inference"):
             manager.run(gm, ctx, dump)
+            inductor.prebuild(gm)
         return inner(gm, inputs, **settings)
 
     return compile_inner

@@ -177,7 +177,9 @@ class Fingerprint:
                 if theirs is None:
                     return self.text
                 own = getattr(theirs, "uuid", lambda: None)()
-                return None if own is None else f"{self.text} {own}"  # None: not cacheable, as for the user's pass alone
+                return (
+                    None if own is None else f"{self.text} {own}"
+                )  # None: not cacheable, as for the user's pass alone
 
         theirs = cast("Any", config.get(name := "post_grad_custom_post_pass"))
         return {**config, name: Carrier(text)}
@@ -295,7 +297,7 @@ def extern_cpp_kernel(
 
     class CppCall(ir.ExternKernelOut):
         def codegen(self, wrapper: Any) -> None:
-            body = f"async_compile.cpp_pybinding({list(argtypes)!r}, r'''\n{source}\n''')\n"
+            body = f"async_compile.cpp_pybinding({list(argtypes)!r}, r'''{framed(source)}''')\n"
             kernel = wrapper.src_to_kernel.get(body)
             if kernel is None:
                 kernel = wrapper.src_to_kernel[body] = f"{name}_{wrapper.next_kernel_suffix()}"
@@ -319,6 +321,11 @@ def extern_cpp_kernel(
 def cpu_has_vnni() -> bool:
     """Whether this machine has AVX-512 with the 8-bit dot product."""
     return bool(torch.cpu._is_vnni_supported())
+
+
+def framed(source: str) -> str:
+    """Kernel text as the generated wrapper hands it to the code cache: equal text finds the same built file."""
+    return f"\n{source}\n"
 
 
 def load_cpp_kernel(argtypes: Sequence[str], source: str, flags: Sequence[str] = ()) -> Callable[..., None]:
@@ -459,6 +466,4 @@ def unlimited_recompiles() -> AbstractContextManager[object]:
     from torch._dynamo import config
 
     many = 1 << 30
-    return cast(
-        "AbstractContextManager[object]", config.patch(recompile_limit=many, accumulated_recompile_limit=many)
-    )
+    return cast("AbstractContextManager[object]", config.patch(recompile_limit=many, accumulated_recompile_limit=many))

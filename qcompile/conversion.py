@@ -10,7 +10,7 @@ what frees memory.
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,6 +24,7 @@ from qcompile.errors import QCError
 from qcompile.ir.codec import quantize
 from qcompile.ir.scheme import Scheme
 from qcompile.passes.detect.sites import is_head
+from qcompile.passes.rewrite.resolve import refuse_ragged
 from qcompile.plan.recipe import Recipe
 from qcompile.plan.site import Site
 
@@ -64,6 +65,27 @@ class PackedWeight(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.scheme}, n={self.n}, k={self.k}, {self.dtype}" + (", transposed" if self.transposed else "")
+
+
+class PackedParts(parametrize.ParametrizationList):
+    """The buffers behind a `PackedWeight`. Their dtypes are part of the scheme: `model.to(torch.bfloat16)` and its like
+    move them, and change the dtype that they are decoded to instead."""
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedParts:
+        for item in self:
+            if isinstance(item, PackedWeight):
+                item.dtype = fn(torch.empty(0, dtype=item.dtype)).dtype
+
+        def keep(part: torch.Tensor) -> torch.Tensor:
+            bits = part.view(_BITS[part.element_size()])
+            moved = fn(bits)
+            return part if moved is bits else moved.view(part.dtype)
+
+        super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 @dataclass(frozen=True)
@@ -120,13 +142,13 @@ def convert(model: nn.Module, recipe: Any = "auto", *, strict: bool = False) -> 
         recipe: preset, scheme, `Recipe` or JSON file. Activation schemes do not concern stored weights: give
         the recipe
             to the backend as well (`options={"recipe": ...}`).
-        strict: raise instead of keeping a candidate float.
+        strict: raise instead of keeping a candidate float, and for groups that do not divide a weight.
 
     Returns:
         What was converted and what was kept, with reasons.
 
     Raises:
-        QCError: "convert.strict", or the codec's error for a weight holding NaN or Inf, naming the module.
+        QCError: "convert.strict", "scheme.ragged", or the codec's error for a weight holding NaN or Inf, naming the module.
     """
     rules, done, kept = Recipe.of(recipe), [], []
     groups = _owners_by_weight(model)
@@ -135,13 +157,19 @@ def convert(model: nn.Module, recipe: Any = "auto", *, strict: bool = False) -> 
         weight, owners = groups.pop(0)
         first = owners[0]
         refused = next((owner.refused for owner in owners if owner.refused), "")
-        choice = rules.resolve(_site(weight, owners), lambda: _rows(weight, first)) if not refused else None  # noqa: B023
+        try:
+            site = _site(weight, owners)
+            choice = None if refused else rules.resolve(site, lambda: _rows(weight, first))  # noqa: B023
+        except QCError as error:
+            raise error.at(first.path) from error
         if choice is None or choice.weight is None:
             reason = refused or (choice.reason if choice else "")
             kept += [(owner.path, reason) for owner in owners]
             if strict and refused:
                 raise QCError("convert.strict", "weight cannot be converted", where=first.path, why=reason)
             continue
+        if strict:
+            refuse_ragged(choice.weight, first.n, first.k, first.path)
         try:
             parts = quantize(_rows(weight, first), choice.weight)
         except QCError as error:
@@ -168,6 +196,7 @@ def attach(module: nn.Module, packed: PackedWeight, parts: Sequence[torch.Tensor
     packed.give(parts)
     parametrize.register_parametrization(module, name, packed, unsafe=True)
     originals = cast("nn.ModuleDict", module.parametrizations)[name]
+    originals.__class__ = PackedParts
     for index, part in enumerate(parts):
         # Plain buffers: an optimizer over model.parameters() must not meet integer tensors.
         delattr(originals, f"original{index}")

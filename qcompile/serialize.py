@@ -7,6 +7,8 @@ tensor from the memory-mapped file, so the float weights of the target never exi
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from qcompile.conversion import FLOATS, PackedWeight, attach, packed_weights
+from qcompile.conversion import PackedParts, PackedWeight, attach, packed_weights
 from qcompile.errors import QCError
 
 VERSION = 1
@@ -42,14 +44,19 @@ def save(model: nn.Module, path: str | Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, torch.Tensor] = {}
     aliases: dict[str, str] = {}
-    seen: dict[tuple[int, int, tuple[int, ...]], str] = {}
+    seen: dict[tuple[object, ...], str] = {}
+    stored: set[int] = set()
     for name, tensor in _state(model):
-        key = (tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()), tuple(tensor.shape))
+        memory = tensor.untyped_storage().data_ptr()
+        key = (memory, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() and key in seen:
             aliases[name] = seen[key]
-        else:
-            seen[key] = name
-            tensors[name] = tensor.detach().contiguous()
+            continue
+        seen[key] = name
+        dense = tensor.detach().contiguous()
+        # The file format refuses tensors that share memory: another view of a stored tensor is stored as a copy.
+        tensors[name] = dense.clone() if dense.untyped_storage().data_ptr() in stored else dense
+        stored.add(memory)
     schemes = {
         module: {
             "scheme": item.scheme,
@@ -60,9 +67,13 @@ def save(model: nn.Module, path: str | Path) -> Path:
         }
         for module, _, item in packed_weights(model)
     }
-    save_file(tensors, str(folder / TENSORS), {"format": "pt"})
     manifest = {"version": VERSION, "weights": schemes, "aliases": aliases}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    # Replaced as whole files: a model that was loaded from this folder still reads the old one.
+    with tempfile.TemporaryDirectory(dir=folder) as fresh:
+        save_file(tensors, str(Path(fresh, TENSORS)), {"format": "pt"})
+        Path(fresh, MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        for file in (TENSORS, MANIFEST):
+            os.replace(Path(fresh, file), folder / file)
     return folder
 
 
@@ -77,8 +88,8 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
         The model, for chaining. It computes bit for bit what the saved one did.
 
     Raises:
-        QCError: "load.path", "load.version", "load.module" (a module of the file is missing in the model) or
-            "load.missing" (a tensor of the model is missing in the file).
+        QCError: "load.path", "load.version", "load.module" (a module of the file is missing in the model),
+            "load.missing" (a tensor of the model is missing in the file) or "load.shape".
     """
     folder = Path(path)
     try:
@@ -97,9 +108,9 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
         reader = _Reader(tensors, manifest["aliases"])
         for name, entry in manifest["weights"].items():
             _attach(model, name, entry, reader)
-        for name, _ in list(_state(model)):
-            if not name.split(".")[-1].startswith("original"):
-                _assign(model, name, reader(name))
+        made: dict[int, nn.Parameter] = {}
+        for name, old in list(_state(model)):
+            _assign(model, name, old, reader, made)
     return model
 
 
@@ -146,12 +157,26 @@ def _state(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+def _assign(
+    model: nn.Module, name: str, old: torch.Tensor, reader: _Reader, made: dict[int, nn.Parameter]
+) -> None:
+    """Put one tensor of the file into the model. `made` keeps tied parameters tied: one file tensor, one parameter."""
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
+    if isinstance(owner, PackedParts):
+        return
+    tensor = reader(name)
+    if tensor.shape != old.shape:
+        raise QCError(
+            "load.shape",
+            f"the file has shape {list(tensor.shape)}, the model {list(old.shape)}",
+            where=name,
+            next="build the saved architecture",
+        )
     if leaf in owner._parameters:
-        old = owner._parameters[leaf]
-        keep = bool(old is not None and old.requires_grad and tensor.dtype in FLOATS)
-        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=keep)
+        if id(tensor) not in made:
+            grad = old.requires_grad and tensor.is_floating_point()
+            made[id(tensor)] = nn.Parameter(tensor, requires_grad=grad)
+        owner._parameters[leaf] = made[id(tensor)]
     else:
         owner._buffers[leaf] = tensor

@@ -135,12 +135,11 @@ def test_inputs_survive_the_file(inputs: Inputs, tmp_path: Path) -> None:
 
 # ----------------------------------------------------------------------------------------------- the two phases
 class Fake:
-    """An engine that takes a given time: `slowdown` seconds a step, times the round's noise."""
-
-    clock = 0
+    """An engine that takes a given time: `slowdown` seconds a prompt, times the round's noise."""
 
     def __init__(self, engine: Engine, slowdown: float, log: list[str], dies: str = "") -> None:
         self.engine, self.slowdown, self.log, self.dies = engine, slowdown, log, dies
+        self.noise = 0  # grows: the machine gets slower from round to round, for every engine alike
 
     def measure(self, say: Callable[[str, float], None]) -> dict[str, Any]:
         say("compiling", 0.5)
@@ -163,16 +162,14 @@ class Fake:
         self.log.append(f"turn {self.engine.name}")
         if self.dies == "turn":
             raise QCError("demo.engine", "it died")
-        Fake.clock += 1
-        noise = 1 + (Fake.clock // 2)  # the machine gets slower: both engines of a round see the same
-        return self.slowdown * noise, (self.slowdown * noise / 2,) * steps
+        self.noise += 1
+        return self.slowdown * self.noise, (self.slowdown * self.noise / 2,) * steps
 
     def stop(self) -> None:
         self.log.append(f"stop {self.engine.name}")
 
 
 def outcomes_of(plan: Plan, log: list[str], **dies: str) -> list[measure.Outcome]:
-    Fake.clock = 0
     slowdown = {"eager": 4.0, "inductor": 2.0, "int4": 1.0}
     starts = measure.run(
         plan,

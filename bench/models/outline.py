@@ -79,15 +79,8 @@ def backend(outlined: bool, seen: list[str]) -> Callable[..., Any]:
 
     def compile_graph(gm: Any, inputs: Any) -> Any:
         inner = outline(report=lambda r: seen.append(str(r))) if outlined else None
-        return compat.compile_fx(
-            gm,
-            inputs,
-            inner_compile=inner,
-            config={
-                **compat.Fingerprint.patch(f"outline={outlined}"),
-                **json.loads(os.environ.get("CFG", "{}")),
-            },
-        )
+        config = {**compat.Fingerprint.patch(f"outline={outlined}", {}), **json.loads(os.environ.get("CFG","{}"))}
+        return compat.compile_fx(gm, inputs, inner_compile=inner, config=config)
 
     return compile_graph
 

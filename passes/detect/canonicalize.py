@@ -33,7 +33,7 @@ class Canonicalize(Pass):
         constants = constant_nodes(gm.graph, ctx.inputs)
         for node in list(gm.graph.nodes):
             rewrite = _REWRITES.get(op_name(node))
-            if rewrite is None:
+            if rewrite is None or node.kwargs.get("out") is not None:
                 continue
             with gm.graph.inserting_before(node):
                 result = rewrite(_Builder(gm.graph, node, constants), node)

@@ -139,14 +139,17 @@ class _Freezer:
             "none" if weight is None else weight.expression.text for weight in found
         )
 
+        # The expression outlives the graph: it must not hold its nodes.
+        takes = [None if weight is None else (len(weight.roots), weight.expression.evaluate) for weight in found]
+
         def evaluate(*values: torch.Tensor) -> torch.Tensor:
             rest, pieces = list(values), []
-            for weight, count in zip(found, rows, strict=True):
-                if weight is None:
+            for take, count in zip(takes, rows, strict=True):
+                if take is None:
                     pieces.append(torch.zeros(count, device=values[0].device, dtype=values[0].dtype))
                 else:
-                    pieces.append(weight.expression.evaluate(*rest[: len(weight.roots)]))
-                    rest = rest[len(weight.roots) :]
+                    pieces.append(take[1](*rest[: take[0]]))
+                    rest = rest[take[0] :]
             return torch.cat(pieces)
 
         where = next(weight.path for weight in found if weight is not None)

@@ -9,6 +9,7 @@ writes it down as the matmul's epilogue expression. Two segments that are only c
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from torch import fx
 
 from qcompile.ir.matmul import DTYPE_NAMES, MatmulSpec
 from qcompile.passes.base import Pass, PassContext, Stage, call_order
-from qcompile.passes.match import op_name, value_of
+from qcompile.passes.match import op_name, same, value_of
 
 MAX_REGION = 24
 MAX_EXTRAS = 4
@@ -150,7 +151,7 @@ def _absorb(
 ) -> str | None:
     """Expression of one node, or `None` when it cannot be part of an epilogue. May add an extra operand."""
     value = value_of(node)
-    if node.op != "call_function" or not isinstance(value, torch.Tensor) or tuple(value.shape) != tuple(shape):
+    if node.op != "call_function" or not isinstance(value, torch.Tensor) or not same(value.shape, shape):
         return None
     if value.dtype not in _FLOATS:
         return None
@@ -186,15 +187,15 @@ def _operand(
     if isinstance(operand, bool) or not isinstance(operand, (int, float, fx.Node)):
         return None
     if isinstance(operand, (int, float)):
-        return repr(float(operand))
+        return repr(float(operand)) if math.isfinite(operand) else None
     if operand in text:
         return text[operand]
     value = value_of(operand)
     if not isinstance(value, torch.Tensor) or value.dtype not in _FLOATS or operand.op == "get_attr":
         return None
-    if tuple(value.shape) == tuple(shape):
+    if same(value.shape, shape):
         kind = "mat"
-    elif value.dim() == 1 and value.shape[0] == shape[-1]:
+    elif same(value.shape, shape[-1:]):
         kind = "row"
     else:
         return None

@@ -46,10 +46,14 @@ def _qembedding(
             "embedding.index",
             f"index out of range: ids lie in [{int(flat.min())}, {int(flat.max())}], the table has {n} rows",
         )
+    what = Scheme.parse(scheme)
+    if what.packing == "rows":
+        rows = dequantize([part.index_select(0, flat) for part in parts], what, flat.numel(), k, dtype)
+        return rows.reshape(*ids.shape, k)
     # Gather whole 16-row panels, decode those, keep one row of each: no decode of the full table.
     panels = -(-n // 16)
     gathered = [p.index_select(0, flat // 16) if p.dim() and p.shape[0] == panels else p for p in parts]
-    rows = dequantize(gathered, Scheme.parse(scheme), 16 * flat.numel(), k, dtype)
+    rows = dequantize(gathered, what, 16 * flat.numel(), k, dtype)
     index = torch.arange(flat.numel(), device=ids.device) * 16 + flat % 16
     return rows.index_select(0, index).reshape(*ids.shape, k)
 

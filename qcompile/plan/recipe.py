@@ -22,6 +22,7 @@ from qcompile.ir.scheme import Scheme
 from qcompile.plan.site import KINDS, Site
 
 VERSION = 1
+_FILE = f'a recipe file is {{"version": {VERSION}, "name": ..., "rules": [...]}}'
 _MATMULS = ("linear", "head", "bmm")
 _WEIGHTS = (*_MATMULS, "embedding")
 
@@ -126,11 +127,13 @@ class Recipe:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Recipe:
         """Read what `to_json` wrote. Raises `QCError` for another version or unknown keys."""
+        if not isinstance(data, Mapping):
+            raise QCError("recipe.version", f"a recipe cannot be a JSON {type(data).__name__}", next=_FILE)
         if data.get("version") != VERSION or not isinstance(data.get("rules"), list):
             raise QCError(
                 "recipe.version",
                 f"recipe has version {data.get('version')!r} and {type(data.get('rules')).__name__} rules",
-                next=f'a recipe file is {{"version": {VERSION}, "name": ..., "rules": [...]}}',
+                next=_FILE,
             )
         return Recipe(tuple(Rule.from_json(rule) for rule in data["rules"]), str(data.get("name", "custom")))
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from qcompile.runtime.store import Entry, Store
+from qcompile.runtime.store import Entry, Store, stamp
 
 _version = attrgetter("_version")
 _pointer = torch.Tensor.data_ptr
@@ -27,6 +27,15 @@ class Slot:
     entry: Entry
     part: int
     roots: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _State:
+    """Packed tensors, and what was seen of the parameters when they were found right."""
+
+    seen: tuple[object, ...]
+    epoch: int
+    packed: tuple[torch.Tensor, ...]
 
 
 class FrozenCall:
@@ -43,25 +52,34 @@ class FrozenCall:
         self.compiled, self.slots, self.store = compiled, list(slots), store
         self.keep = tuple(keep)
         self.watch = tuple(sorted({i for slot in slots for i in slot.roots}))
-        self.packed = tuple(slot.entry.parts[slot.part] for slot in slots)
         self._take = _getter(self.keep)
         self._roots = _getter(self.watch)
-        self._seen: tuple[object, ...] = ()
-        self._epoch = -1
+        # One graph may serve several modules (the layers of a model, each compiled by itself): the state of each
+        # is kept, by the identities of its parameters. A call only uses the state it found: another thread may be
+        # calling for another module.
+        self._state = _State((), -1, ())
+        self._states: dict[tuple[object, ...], _State] = {}
 
     def __call__(self, *args: Any) -> Any:
         roots = self._roots(args)
         try:
-            seen = (*map(id, roots), *map(_version, roots), *map(_pointer, roots))
+            seen: tuple[object, ...] = (*map(id, roots), *map(_version, roots), *map(_pointer, roots))
         except RuntimeError:  # parameters made under inference_mode have no version counter
-            seen = (*map(id, roots), *map(_pointer, roots))
-        if seen != self._seen or self._epoch != self.store.epoch:
-            self._repair(args, seen)
-        return self.compiled(*self.packed, *self._take(args))
+            seen = (*map(id, roots), *map(stamp, roots))
+        state = self._state
+        if seen != state.seen or state.epoch != self.store.epoch:
+            state = self._state = self._look(args, seen)
+        return self.compiled(*state.packed, *self._take(args))
 
-    def _repair(self, args: Sequence[Any], seen: tuple[object, ...]) -> None:
+    def _look(self, args: Sequence[Any], seen: tuple[object, ...]) -> _State:
+        who = seen[: len(self.watch)]
         with self.store.lock:
-            self._epoch = self.store.epoch
+            epoch = self.store.epoch
+            known = self._states.get(who)
+            if known is not None and known.epoch == epoch and known.seen == seen:
+                return known
+            if self._state.epoch != epoch:
+                self._states.clear()  # some of these parameters may be gone
             done: dict[int, Entry] = {}
             for slot in self.slots:
                 old = slot.entry
@@ -71,8 +89,9 @@ class FrozenCall:
                     roots = [args[i] for i in slot.roots]
                     done[id(old)] = self.store.entry(roots, old.expression, old.scheme)
                 slot.entry = done[id(old)]
-            self.packed = tuple(slot.entry.parts[slot.part] for slot in self.slots)
-            self._seen = seen
+            packed = tuple(slot.entry.parts[slot.part] for slot in self.slots)
+            state = self._states[who] = _State(seen, epoch, packed)
+            return state
 
 
 def _getter(indices: tuple[int, ...]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:

@@ -15,7 +15,8 @@ import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -51,7 +52,7 @@ class Entry:
     """One encoded weight (or, with no scheme, one constant computed from parameters).
 
     Attributes:
-        parts: the packed tensors; replaced never, rewritten in place.
+        parts: the packed tensors; rewritten in place as long as the weight keeps its shape, dtype and device.
         shape: shape of the float weight.
         encodes: how often it was encoded (1 unless the weight changed).
     """
@@ -86,10 +87,10 @@ class Entry:
                     fresh = quantize(weight, self.scheme)
                 except QCError as error:
                     raise error.at(self.expression.where) from error
-            if self.parts:
+            if len(self.parts) == len(fresh) and all(map(_alike, self.parts, fresh)):
                 for old, new in zip(self.parts, fresh, strict=True):
                     old.copy_(new)
-            else:
+            else:  # first time, or `param.data` became a tensor of another kind: those graphs recompile anyway
                 self.parts = fresh
             self.shape, self._seen = tuple(weight.shape), seen
             self.encodes += 1
@@ -120,19 +121,32 @@ class Entry:
 Key = tuple[tuple[int, ...], str, str]
 
 
+def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+
+
+@dataclass
+class _Root:
+    """A parameter that entries are made from: their keys, and the storage it had when they were encoded."""
+
+    keys: set[Key] = field(default_factory=set)
+    storage: weakref.ref[torch.UntypedStorage] | None = None
+
+
 class Store:
     """Entries by (parameters, expression, scheme). Holds parameters weakly: an entry dies with its first
     parameter.
 
-    `epoch` moves whenever an entry was marked stale from outside, so that a frozen graph sees with one
-    integer comparison that it has to look.
+    `epoch` moves whenever an entry was marked stale or dropped, so that a frozen graph sees with one integer
+    comparison that it has to look. That happens on request (`mark`), and when a parameter or the storage behind it
+    dies: another one may then get the same address, and look unchanged to a stamp.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.epoch = 0
         self._entries: dict[Key, Entry] = {}
-        self._by_root: dict[int, set[Key]] = {}
+        self._roots: dict[int, _Root] = {}
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(list(self._entries.values()))
@@ -148,33 +162,48 @@ class Store:
             entry = self._entries.get(key)
             if entry is None:
                 entry = self._entries[key] = Entry(roots, expression, scheme)
-                for root in roots:
-                    self._watch(root).add(key)
             elif entry.stale(roots):
                 entry.encode(roots)
+            else:
+                return entry
+            for root in roots:
+                self._watch(root, key)
             return entry
-
-    def _watch(self, root: torch.Tensor) -> set[Key]:
-        keys = self._by_root.get(id(root))
-        if keys is None:
-            keys = self._by_root[id(root)] = set()
-            weakref.finalize(root, self._drop, id(root)).atexit = False
-        return keys
-
-    def _drop(self, root: int) -> None:
-        for key in self._by_root.pop(root, ()):
-            self._entries.pop(key, None)
 
     def mark(self, tensors: Sequence[torch.Tensor]) -> int:
         """Mark every entry made from these tensors stale; returns how many there were."""
-        count = 0
+        return self._forget([id(tensor) for tensor in tensors])
+
+    def _watch(self, root: torch.Tensor, key: Key) -> None:
+        known = self._roots.get(id(root))
+        if known is None:
+            known = self._roots[id(root)] = _Root()
+            weakref.finalize(root, self._drop, id(root)).atexit = False
+        known.keys.add(key)
+        storage = root.untyped_storage()
+        if known.storage is None or known.storage() is not storage:
+            known.storage = weakref.ref(storage, partial(self._moved, id(root)))
+
+    def _moved(self, root: int, _: object) -> None:
+        self._forget([root])
+
+    def _forget(self, roots: Sequence[int]) -> int:
         with self.lock:
-            for tensor in tensors:
-                for key in self._by_root.get(id(tensor), ()):
-                    self._entries[key].forget()
-                    count += 1
-            self.epoch += bool(count)
-        return count
+            keys = {key for root in roots if (known := self._roots.get(root)) for key in known.keys}
+            for key in keys:
+                self._entries[key].forget()
+            self.epoch += bool(keys)
+        return len(keys)
+
+    def _drop(self, root: int) -> None:
+        """The parameter is gone, and with it every entry made from it."""
+        with self.lock:
+            for key in self._roots.pop(root, _Root()).keys:
+                self._entries.pop(key, None)
+                for other in key[0]:
+                    if other in self._roots:
+                        self._roots[other].keys.discard(key)
+            self.epoch += 1
 
     @property
     def nbytes(self) -> int:
@@ -187,7 +216,7 @@ STORE = Store()
 
 def _after_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
     # Fused optimizers write parameters without moving their version counter.
-    if STORE._by_root:
+    if STORE._roots:
         STORE.mark([p for group in optimizer.param_groups for p in group["params"]])
 
 

@@ -1,5 +1,6 @@
 // Everything below works on 16 float lanes (VF), 16 int32 lanes (VI) or 64 bytes: one panel of 16 outputs is one vector.
 // A new instruction set is one file with these functions (see avx512vnni.h, avx2.h, portable.h); nothing else changes.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 on its own intrinsics
 #include <algorithm>
 #include <atomic>
 #include <cmath>
