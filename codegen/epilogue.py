@@ -24,7 +24,8 @@ _OPERATORS: Mapping[type[ast.operator], str] = {
 
 def literal(value: float) -> str:
     """A C++ float literal with exactly the fp32 value nearest to `value`."""
-    number = float(np.float32(value))
+    with np.errstate(over="ignore"):
+        number = float(np.float32(value))
     if number != number or number in (float("inf"), float("-inf")):
         sign = "-" if number < 0 else ""
         return f"{sign}std::numeric_limits<float>::{'quiet_NaN' if number != number else 'infinity'}()"

@@ -68,8 +68,7 @@ def install() -> None:
     """Register the lowerings with Inductor; calling it again changes nothing."""
     if _ops.qmm.default not in compat.inductor_lowerings():
         compat.register_lowering(_ops.qmm.default, _lower_qmm)
-        for op in (_ops.qembedding.default, _ops.decode.default):
-            compat.register_fallback(op)
+        compat.register_fallback(_ops.decode.default)
 
 
 _DUMP: ContextVar[Path | None] = ContextVar("qcompile_dump", default=None)
@@ -96,7 +95,8 @@ def _dump(kernel: Kernel) -> None:
 def _lower_qmm(x: Any, parts: Sequence[Any], extras: Sequence[Any], spec: str) -> Any:
     what = MatmulSpec.parse(spec)
     dtypes = [extra.get_dtype() for extra in extras]
-    if compat.cpp_wrapper_active() or not verdict(what, x.get_device(), x.get_dtype(), dtypes).ok:
+    empty = any(size == 0 for size in x.get_size())  # nothing to compute, and no stride to honour
+    if empty or compat.cpp_wrapper_active() or not verdict(what, x.get_device(), x.get_dtype(), dtypes).ok:
         return compat.fallback(_ops.qmm.default)(x, parts, extras, spec)
     out = OUT_DTYPES[what.out] if what.out else x.get_dtype()
     kernel = _kernel(what, x.get_dtype(), dtypes)

@@ -20,7 +20,7 @@ from qcompile import compat
 PURE = frozenset(
     "T mT t transpose permute view reshape flatten unflatten chunk split unbind getitem narrow select slice "
     "unsqueeze squeeze expand expand_as contiguous clone to type float half bfloat16 double detach data "
-    "cat stack swapaxes swapdims movedim view_as alias".split()
+    "cat stack swapaxes swapdims movedim view_as alias _get_data_attr".split()
 )
 _DROPPABLE = PURE | {"decode", "repeat", "repeat_interleave"}
 # What Python's `x += y` and `x[i] = y` become. `and_` and its like only look like in-place operators.

@@ -23,7 +23,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -68,11 +68,16 @@ DEFAULT_PASSES: tuple[Pass, ...] = (
 _CONFIG = {"size_asserts": False}
 
 
+# What the graphs of a `watching` block execute: generated code, the rewritten graph with the plain-torch operators, or
+# Dynamo's own float graph (when only the plan is wanted).
+Run = Literal["compiled", "reference", "float"]
+
+
 @dataclass
 class Trace:
-    """What a `watching` block saw: one context per compiled graph. With `only_plan`, nothing is compiled."""
+    """What a `watching` block saw: one context per compiled graph."""
 
-    only_plan: bool = False
+    run: Run = "compiled"
     contexts: list[PassContext] = field(default_factory=list)
 
 
@@ -80,13 +85,9 @@ _TRACE: ContextVar[Trace | None] = ContextVar("qcompile_trace", default=None)
 
 
 @contextmanager
-def watching(only_plan: bool = False) -> Iterator[Trace]:
-    """Collect the plans of every graph compiled inside the block.
-
-    Args:
-        only_plan: run the rewritten graphs with the reference operators instead of generating code.
-    """
-    token = _TRACE.set(trace := Trace(only_plan))
+def watching(run: Run = "compiled") -> Iterator[Trace]:
+    """Collect the plans of every graph compiled inside the block; `run` says what those graphs execute."""
+    token = _TRACE.set(trace := Trace(run))
     try:
         yield trace
     finally:
@@ -146,8 +147,11 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -
 
     kept = [n for n in work.graph.nodes if n.op == "placeholder" and n.name in ctx.inputs]
     packed = [n for n in work.graph.nodes if n.op == "placeholder" and n.name not in ctx.inputs]
-    if compiler is None or (trace is not None and trace.only_plan):
-        if compiler is None:
+    run = trace.run if trace is not None else "compiled"
+    if run == "float":
+        return gm.forward
+    if compiler is None or run == "reference":
+        if run == "compiled":
             _warn_no_compiler()
         compiled: Callable[..., Any] = work.forward
     else:

@@ -9,8 +9,9 @@ and not with the package.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
@@ -467,3 +468,20 @@ def unlimited_recompiles() -> AbstractContextManager[object]:
 
     many = 1 << 30
     return cast("AbstractContextManager[object]", config.patch(recompile_limit=many, accumulated_recompile_limit=many))
+
+
+@functools.cache
+def warm_cpp() -> None:
+    """Start in the background what Inductor does when it meets the process's first CPU kernel.
+
+    It tries which vector instructions the compiler can build for and precompiles a header: seconds of waiting for the
+    C++ compiler (with an empty cache) that fit into the time the graph is still being traced. Nothing depends on it:
+    an error is raised again, in the foreground, by the first real kernel.
+    """
+    from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+    def build() -> None:
+        with suppress(Exception):
+            CppPythonBindingsCodeCache.load_pybinding(["float*"], 'extern "C" void kernel(float* x) { x[0] = 0; }')
+
+    threading.Thread(target=build, name="qcompile-warm-cpp", daemon=True).start()

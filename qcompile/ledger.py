@@ -134,7 +134,7 @@ def explain(
         QCError: what the backend would raise for these inputs.
     """
     settings = Options.parse(options, recipe=recipe)
-    with watching(only_plan=True) as trace:
+    with watching("float") as trace:
 
         def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
             return qcompile(gm, inputs, options=settings)

@@ -152,7 +152,7 @@ class Fake:
             "surprise": [15 * math.log(8 * self.slowdown), 15 * math.log(2 * self.slowdown)],
             "answer": [1, 2],
             "weights": 4_000_000,
-            "resident": {"end": 9_000_000},
+            "resident": {"start": 5_000_000, "end": 9_000_000},
             "peak": 9_500_000,
             "coverage": None,
             "kernels": {},

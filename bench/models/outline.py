@@ -78,6 +78,8 @@ def backend(outlined: bool, seen: list[str]) -> Callable[..., Any]:
     from qcompile.passes.late.outline import outline
 
     def compile_graph(gm: Any, inputs: Any) -> Any:
+        if outlined:
+            compat.warm_cpp()
         inner = outline(report=lambda r: seen.append(str(r))) if outlined else None
         config = {**compat.Fingerprint.patch(f"outline={outlined}", {}), **json.loads(os.environ.get("CFG","{}"))}
         return compat.compile_fx(gm, inputs, inner_compile=inner, config=config)

@@ -35,7 +35,8 @@ TARGETS = {
 
 
 @functools.cache
-def _text(kind: str, name: str) -> str:
+def fragment(kind: str, name: str) -> str:
+    """A C++ header: `kind` is "fragments" or "templates"."""
     return resources.files("qcompile.codegen").joinpath(kind, "cpu", f"{name}.h").read_text()
 
 
@@ -216,18 +217,18 @@ def kernel_text(spec: KernelSpec, isa: str) -> tuple[str, tuple[str, ...]]:
     pieces = [
         f"// qmm {spec}, instruction set {isa}\n",
         target,
-        _text("fragments", "prelude"),
+        fragment("fragments", "prelude"),
         "namespace {\n",
         _constants(spec, isa),
-        _text("fragments", isa),
-        _text("fragments", "dtypes"),
-        _text("fragments", "mathfun") if spec.epilogue else "",
+        fragment("fragments", isa),
+        fragment("fragments", "dtypes"),
+        fragment("fragments", "mathfun") if spec.epilogue else "",
         _types(spec),
-        _text("fragments", "codes"),
-        _text("fragments", "digits" if integer else "rows"),
-        _text("templates", "integer" if integer else "floating"),
+        fragment("fragments", "codes"),
+        fragment("fragments", "digits" if integer else "rows"),
+        fragment("templates", "integer" if integer else "floating"),
         _epilogue(spec),
-        _text("templates", "driver"),
+        fragment("templates", "driver"),
         "}  // namespace\n",
         entry,
     ]

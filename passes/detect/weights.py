@@ -83,15 +83,24 @@ def constant_nodes(graph: fx.Graph, inputs: Mapping[str, Any]) -> set[fx.Node]:
 def _written(graph: fx.Graph, constants: set[fx.Node]) -> set[fx.Node]:
     """Nodes that share storage with a parameter the graph itself writes to: those are not constant within a
     call."""
+    operands = {operand for node in graph.nodes for operand in writes(node)}
+    memory = {_memory(operand) for operand in operands} - {None}  # also through views that are not in PURE
+    stack = [node for node in constants if node in operands or _memory(node) in memory]
     written: set[fx.Node] = set()
-    for node in graph.nodes:
-        stack = [operand for operand in writes(node) if operand in constants]
-        while stack:
-            current = stack.pop()
-            if current in constants and current not in written:
-                written.add(current)
-                stack += [*current.all_input_nodes, *current.users]
+    while stack:
+        current = stack.pop()
+        if current in constants and current not in written:
+            written.add(current)
+            stack += [*current.all_input_nodes, *current.users]
     return written
+
+
+def _memory(node: fx.Node) -> int | None:
+    """Which storage a node's example value lives in; views share one."""
+    value = value_of(node)
+    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+        return None
+    return int(value.untyped_storage()._cdata)
 
 
 def weight_of(node: Any, constants: set[fx.Node]) -> Weight | None:

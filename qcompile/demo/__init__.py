@@ -118,13 +118,15 @@ def _finish(content: dict[str, Any], out: Path, console: Console, plan: Plan) ->
         return
     report.write(out / "results.json", content)
     about, machine = content["settings"], content["machine"]
-    title = f"{about['model']}, {machine['cpu']}, {machine['torch_threads']} threads, batch 1, fp32 activations"
+    threads = f"{machine['torch_threads']} thread" + "s" * (machine["torch_threads"] > 1)
+    title = f"{about['model']}, {machine['cpu']}, {threads}, batch 1, fp32 activations"
     if not content["complete"]:
         title += " (interrupted)"
-    report.chart(summary, out / "chart.png", title)
+    if any("decode_tokens_per_s" in row for row in summary.values()):
+        report.chart(summary, out / "chart.png", title)
     wide = console if console.is_terminal else Console(file=console.file, width=120)
     wide.print(report.table(summary, title))
-    for note in (*report.NOTES, plan.left_out):
+    for note in (*report.notes(summary), plan.left_out):
         if note:
             wide.print(note, style="dim", soft_wrap=True)
     wide.print(f"\nquestion: {about['question']}", style="bold", soft_wrap=True)

@@ -77,6 +77,7 @@ def _summary(outcome: Outcome, known: dict[str, Outcome], chunk: int, scored: in
             found["perplexity_x_eager"], found["perplexity_x_eager_error"] = ratio, error
         found["first_call_s"] = report["first_prompt"] + report["first_step"]
         found["first_call_cache"] = "none" if not outcome.engine.backend else "warm" if outcome.engine.warm else "cold"
+        found["code_bytes"] = report["resident"]["start"]
         found["weight_bytes"], found["resident_bytes"] = report["weights"], report["resident"]["end"]
         found["coverage"], found["kernels"] = report["coverage"], report["kernels"]
     if outcome.turns:
@@ -137,11 +138,15 @@ def _speed(row: dict[str, Any], name: str) -> str:
     return f"{now['median']:.0f} ({now['min']:.0f}..{now['max']:.0f})\n" + (second if any(ratios) else "")
 
 
-NOTES = (
-    "second lines: x float eager; speeds: x float eager / x float with Inductor, median of the rounds",
-    "weights: what the engine computes with; resident: the process, with the float weights unless converted",
-    "first call: prompt graph + decode graph, compiled on an empty cache unless marked",
-)
+def notes(summary: dict[str, dict[str, Any]]) -> list[str]:
+    """What has to be said below the table."""
+    code = median([row["code_bytes"] for row in summary.values() if "code_bytes" in row] or [0])
+    return [
+        "second lines: x float eager; speeds: x float eager / x float with Inductor, median of the rounds",
+        f"weights: what the engine computes with. resident: the process, {code / 1e6:.0f} MB of it code that is there "
+        "before any model, and the float weights unless converted",
+        "first call: prompt graph + decode graph, compiled on an empty cache unless marked",
+    ]
 
 
 # -------------------------------------------------------------------------------------------------- the chart

@@ -179,6 +179,8 @@ def serve(link: Connection, job: dict[str, Any]) -> None:
             number of decode steps of the next turn.
         job: `engine` (fields), `model` (folder) and `inputs` (file).
     """
+    import transformers.models.llama.modeling_llama  # noqa: F401  (150 MB of code that no model is to blame for)
+
     from qcompile.demo.model import load
 
     inputs = Inputs.load(Path(job["inputs"]))

@@ -21,6 +21,8 @@ from qcompile.ir.granularity import Cell, Nested
 from qcompile.ir.packing import (
     PANEL,
     ceil_div,
+    gather_codes,
+    gather_scales,
     pack_codes,
     pack_scales,
     packed_shape,
@@ -199,6 +201,23 @@ def dequantize(
         part = unpack_codes(codes[at], bits, stop - start, k, scheme.packing)
         out[start:stop] = _decode(part, scheme, over.rows(start, stop, k))
     return out
+
+
+def dequantize_rows(
+    parts: Sequence[Tensor], scheme: Scheme | str, k: int, rows: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Some rows of a packed matrix, `[len(rows), k]`: a lookup that decodes nothing else.
+
+    Args:
+        parts: what `quantize` returned for the `[n, k]` matrix.
+        rows: int64 `[M]`.
+    """
+    scheme = Scheme.of(scheme)
+    named = dict(zip(part_names(scheme), parts, strict=True))
+    stored = {name: gather_scales(part, rows, scheme.packing) for name, part in named.items() if name != "codes"}
+    over = _RowScales(stored["scales"], stored.get("zeros", stored.get("mins")), stored.get("outer"), None, scheme)
+    codes = gather_codes(named["codes"], scheme.format.bits, k, rows, scheme.packing)
+    return _decode(codes, scheme, over.rows(0, rows.shape[0], k)).to(dtype)
 
 
 def part_names(scheme: Scheme) -> tuple[str, ...]:

@@ -280,17 +280,17 @@ def _table() -> dict[str, Format]:
 
 FORMATS: dict[str, Format] = _table()
 
-_TINY = 2.0**-126  # smallest normal float32: below it division and kernels that flush subnormals go wrong
+TINY = 2.0**-126  # smallest normal float32: below it division and kernels that flush subnormals go wrong
 
 SCALE_FORMATS: dict[str, ScaleFormat] = {
     s.name: s
     for s in (
-        ScaleFormat("fp32", torch.float32, "float", _TINY, torch.finfo(torch.float32).max, minimum=True),
+        ScaleFormat("fp32", torch.float32, "float", TINY, torch.finfo(torch.float32).max, minimum=True),
         # 2**-24 is the smallest positive half; as float32 it is a normal number
         ScaleFormat("fp16", torch.float16, "float", 2.0**-24, torch.finfo(torch.float16).max, minimum=True),
-        ScaleFormat("bf16", torch.bfloat16, "float", _TINY, torch.finfo(torch.bfloat16).max, minimum=True),
-        ScaleFormat("e8m0", torch.uint8, "exponent", _TINY, 2.0**127, pad=127, bias=127, nan=255),
-        ScaleFormat("pow2", torch.int8, "exponent", _TINY, 2.0**127, nan=-128, inner=True),
+        ScaleFormat("bf16", torch.bfloat16, "float", TINY, torch.finfo(torch.bfloat16).max, minimum=True),
+        ScaleFormat("e8m0", torch.uint8, "exponent", TINY, 2.0**127, pad=127, bias=127, nan=255),
+        ScaleFormat("pow2", torch.int8, "exponent", TINY, 2.0**127, nan=-128, inner=True),
         ScaleFormat("e4m3", torch.uint8, "element", 2.0**-9, 448.0, inner=True, outer=False),
         ScaleFormat("int8", torch.int8, "element", 1.0, 127.0, inner=True, outer=False),
     )

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from qcompile.errors import QCError
-from qcompile.ir.codec import dequantize
+from qcompile.ir.codec import dequantize, dequantize_rows
 from qcompile.ir.matmul import OUT_DTYPES, MatmulSpec, reference_qmm
 from qcompile.ir.scheme import Scheme
 
@@ -40,22 +40,8 @@ def _qmm(x: torch.Tensor, parts: Sequence[torch.Tensor], extras: Sequence[torch.
 def _qembedding(
     ids: torch.Tensor, parts: Sequence[torch.Tensor], scheme: str, n: int, k: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    flat = ids.reshape(-1)
-    if flat.numel() and not (int(flat.min()) >= 0 and int(flat.max()) < n):
-        raise QCError(
-            "embedding.index",
-            f"index out of range: ids lie in [{int(flat.min())}, {int(flat.max())}], the table has {n} rows",
-        )
-    what = Scheme.parse(scheme)
-    if what.packing == "rows":
-        rows = dequantize([part.index_select(0, flat) for part in parts], what, flat.numel(), k, dtype)
-        return rows.reshape(*ids.shape, k)
-    # Gather whole 16-row panels, decode those, keep one row of each: no decode of the full table.
-    panels = -(-n // 16)
-    gathered = [p.index_select(0, flat // 16) if p.dim() and p.shape[0] == panels else p for p in parts]
-    rows = dequantize(gathered, what, 16 * flat.numel(), k, dtype)
-    index = torch.arange(flat.numel(), device=ids.device) * 16 + flat % 16
-    return rows.index_select(0, index).reshape(*ids.shape, k)
+    rows = dequantize_rows(list(parts), scheme, k, ids.reshape(-1), dtype)
+    return rows.reshape(*ids.shape, k)
 
 
 def _decode(parts: Sequence[torch.Tensor], scheme: str, n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
@@ -68,12 +54,6 @@ def _fake_qmm(
     what = MatmulSpec.parse(spec)
     dtype = OUT_DTYPES[what.out] if what.out else x.dtype
     return x.new_empty((*x.shape[:-1], what.columns), dtype=dtype)
-
-
-def _fake_qembedding(
-    ids: torch.Tensor, parts: Sequence[torch.Tensor], scheme: str, n: int, k: int, dtype: torch.dtype
-) -> torch.Tensor:
-    return ids.new_empty((*ids.shape, k), dtype=dtype)
 
 
 def _fake_decode(parts: Sequence[torch.Tensor], scheme: str, n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
@@ -121,13 +101,11 @@ def _qmm_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     return dx, [None] * len(parts), bias, None
 
 
-for _name, _meaning, _meta in (
-    ("qmm", _qmm, _fake_qmm),
-    ("qembedding", _qembedding, _fake_qembedding),
-    ("decode", _decode, _fake_decode),
-):
+for _name, _meaning, _meta in (("qmm", _qmm, _fake_qmm), ("decode", _decode, _fake_decode)):
     LIBRARY.impl(_name, _meaning, "CompositeExplicitAutograd")
     torch.library.register_fake(f"qcompile::{_name}", _meta, lib=LIBRARY)
+# A lookup is gather and shifts: spelled out in the graph, Inductor makes one pointwise kernel of it.
+LIBRARY.impl("qembedding", _qembedding, "CompositeImplicitAutograd")
 for _key in _AUTOCAST_KEYS.values():
     LIBRARY.impl("qmm", _autocast_qmm, _key.name)
 torch.library.register_autograd("qcompile::qmm", _qmm_backward, setup_context=_qmm_setup, lib=LIBRARY)

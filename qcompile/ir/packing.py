@@ -126,6 +126,34 @@ def unpack_codes(packed: Tensor, bits: int, n: int, k: int, packing: str = "tile
     return codes.contiguous()
 
 
+def gather_codes(packed: Tensor, bits: int, k: int, rows: Tensor, packing: str = "tile16") -> Tensor:
+    """Codes of some rows, uint8 `[len(rows), k]`, without unpacking the others.
+
+    Args:
+        rows: int64 `[M]`, each a row of the packed matrix.
+    """
+    start = 0
+    codes: Tensor | None = None
+    for shift, width, per in _plan(bits):
+        if packing == "rows":
+            size = ceil_div(k * width, 8)
+            lanes = packed[:, start : start + size][rows].unsqueeze(-1)
+        else:
+            size = width * 64
+            tiles = packed[:, :, start : start + size].reshape(packed.shape[0], packed.shape[1], width, PANEL, 4)
+            lanes = tiles[rows // PANEL, :, :, rows % PANEL]
+        part = _split(lanes, width, per).flatten(1)[:, :k]
+        codes = part if codes is None else codes | (part << shift)
+        start += size
+    assert codes is not None  # a width has at least one plane
+    return codes
+
+
+def gather_scales(packed: Tensor, rows: Tensor, packing: str = "tile16") -> Tensor:
+    """Scales of some rows, `[len(rows), G]`."""
+    return packed[rows] if packing == "rows" else packed[rows // PANEL, :, rows % PANEL]
+
+
 def pack_scales(scales: Tensor, packing: str = "tile16", pad: int = 0) -> Tensor:
     """`[N, G]` to `[P, G, 16]` (tile16, rows padded with `pad`) or `[N, G]` (rows); the dtype stays."""
     if packing == "rows":

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from qcompile.errors import QCError
+from qcompile.ir.formats import TINY
 from qcompile.ir.granularity import Nested, PerToken
 from qcompile.ir.scales import amax, amin, cell_counts, load_scale, reduce_cells, spread, store_scale, total
 from qcompile.ir.scheme import Scheme
@@ -77,9 +78,8 @@ def choose_qparams(x: Tensor, scheme: Scheme | str) -> QParams:
         wanted = (sums / cell_counts(x.shape, cell, x.device)).to(torch.float32)
     else:
         wanted = peak * 2.0**-fmt.emax if mx else peak / fmt.max
-    wanted = torch.where(finite, wanted, math.nan)
-    # not `wanted == 0`: that would also catch tiny numbers whose quotient underflows
-    empty = finite & (low == high if scale.zero is not None else peak == 0)
+    empty = low == high if scale.zero is not None else peak == 0
+    wanted = torch.where(finite, _live(wanted, empty), math.nan)
     fill = 0.0 if fmt.values[fmt.zero_code] else 1.0
 
     outer = zero = inverse = None
@@ -87,11 +87,11 @@ def choose_qparams(x: Tensor, scheme: Scheme | str) -> QParams:
         top = 1.0 if scale.format.kind == "exponent" else scale.format.high
         outer_cell = scheme.granularity.outer_cell(x.dim())
         most = reduce_cells(wanted, outer_cell, amax)
-        outer = store_scale(most / top, scheme.outer.format, most == 0, low=OUTER_LOW)
+        outer = store_scale(most / top, scheme.outer.format, low=OUTER_LOW)
         loaded = spread(load_scale(outer, scheme.outer.format), outer_cell, wanted.shape)
-        stored = store_scale(wanted / loaded, scale.format, empty, fill, low=INNER_LOW, high=top)
+        stored = store_scale(_live(wanted / loaded, empty), scale.format, fill, low=INNER_LOW, high=top)
     else:
-        stored = store_scale(wanted, scale.format, empty, fill, down=mx)
+        stored = store_scale(wanted, scale.format, fill, down=mx)
 
     if scale.zero == "z":
         s = effective_scale(QParams(stored, outer=outer), scheme, x.dim())
@@ -106,6 +106,11 @@ def choose_qparams(x: Tensor, scheme: Scheme | str) -> QParams:
         divisor = torch.where(finite, torch.clamp(peak, min=least), math.nan)
         inverse = torch.where(empty, 1.0, fmt.max / divisor)
     return QParams(stored, zero, outer, inverse)
+
+
+def _live(wanted: Tensor, empty: Tensor) -> Tensor:
+    """0 for empty cells, and for them alone: a quotient of tiny numbers that underflowed becomes positive."""
+    return torch.where(empty, 0.0, torch.clamp(wanted, min=TINY))
 
 
 def effective_scale(qparams: QParams, scheme: Scheme, ndim: int) -> Tensor:

@@ -79,7 +79,6 @@ def spread(s: Tensor, cell: Cell, shape: Sequence[int]) -> Tensor:
 def store_scale(
     raw: Tensor,
     fmt: ScaleFormat,
-    empty: Tensor,
     fill: float = 1.0,
     *,
     down: bool = False,
@@ -93,17 +92,17 @@ def store_scale(
     where the format has one.
 
     Args:
-        empty: bool, the cells without anything to scale (all their elements are zero).
+        raw: 0 stands for a cell without anything to scale (all its elements are zero).
         fill: the scale of such cells.
     """
     wanted = torch.clamp(raw, max(fmt.low, low), min(fmt.high, high))
     if fmt.kind == "exponent":
-        word = torch.where(empty, max(fill, fmt.low), wanted).view(torch.int32)
+        word = torch.where(raw == 0, max(fill, fmt.low), wanted).view(torch.int32)
         exponent = (word >> 23) - 127
         if not down:
             exponent = exponent + ((word & 0x7FFFFF) != 0).to(torch.int32)
         return torch.where(torch.isnan(raw), fmt.nan, exponent + fmt.bias).to(fmt.dtype)
-    wanted = torch.where(empty, fill, wanted)
+    wanted = torch.where(raw == 0, fill, wanted)
     if fmt.kind == "float":
         return wanted.to(fmt.dtype)
     element = FORMATS[fmt.name]

@@ -127,7 +127,7 @@ def test_a_granularity_is_the_tensor_scheme_on_each_cell(
 def test_nested_scales_are_the_wanted_ones_rounded_twice(
     scheme: Scheme, shape: tuple[int, int], data: st.DataObject
 ) -> None:
-    x = data.draw(tensors(shape, exponents=(-20, 10)))
+    x = data.draw(tensors(shape))
     assert isinstance(scheme.granularity, Nested)
     assert scheme.outer is not None
     qparams = choose_qparams(x, scheme)
@@ -141,16 +141,15 @@ def test_nested_scales_are_the_wanted_ones_rounded_twice(
     inner, outer = scheme.scale.format, load_scale(qparams.outer, scheme.outer.format).double()
     top = {"e4m3": 448.0, "int8": 127.0, "pow2": 1.0}[inner.name]
     for index, slices in oracles.cells(wanted.shape, scheme.granularity.outer_cell(2)):
-        most = torch.where(live[slices], wanted[slices], 0.0).max().double() / top
         got, fmt = outer[index], scheme.outer.format
-        floor = max(fmt.low, 2.0**-102)  # so that outer * inner stays a normal float32
+        most = torch.where(live[slices], wanted[slices], 0.0).max().double() / top
+        most = most.clamp(max(fmt.low, 2.0**-102), fmt.high)  # outer * inner stays a normal float32
         if not live[slices].any():
             assert got == 1.0
         elif fmt.kind == "exponent":  # the next power of two; the quotient was rounded before, by 2**-24
-            assert most * (1 - 2.0**-23) <= got
-            assert got < 2 * max(most, floor)
+            assert most * (1 - 2.0**-23) <= got < 2 * most
         else:
-            assert got == max(float(most.float().to(fmt.dtype)), floor)
+            assert got == most.float().to(fmt.dtype).double()
         ratio = (wanted[slices].double() / got)[live[slices]]
         stored = load_scale(qparams.scale[slices], inner).double()[live[slices]]
         low = max(inner.low, 2.0**-24)

@@ -75,4 +75,5 @@ INL VF v_sigmoid(VF a) {
   VF s = fdiv(fset(1.0f), fadd(fset(1.0f), e));
   return fsel(flt(a, fset(0.0f)), fmul(e, s), s);
 }
+// [4 ulp, and 156 * 2^-149 where exp(x) is subnormal]
 INL VF v_silu(VF a) { return fmul(a, v_sigmoid(a)); }

@@ -1,0 +1,242 @@
+"""How much quality each preset costs, compiled and in plain torch: perplexity of SmolLM2, embeddings of
+MiniLM.
+
+For every preset the backend's own ledger says which weights and activations are quantized and how. That plan
+runs twice: compiled, which is the product, and as the reference, where the weights are rounded in place and
+the activations rounded in front of the layers with nothing but `qcompile.ir.codec` and eager torch. The two
+may differ by what kernels do in another order, and by nothing else.
+
+    python bench/models/quality.py [--windows 32] [--recipes int8,int4] [--reference-only]
+
+Exit code 1 when a target is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import qcompile
+from qcompile.demo import model, report, text
+from qcompile.ir.codec import fake_quant
+from qcompile.ir.scheme import Scheme
+
+TOKENS = 256  # per perplexity window
+BATCH, LENGTH = 8, 64  # sentences per call, tokens they are padded to
+
+PERPLEXITY = {"int8": 1.005, "int4": 1.01, "w8a8": 1.06, "auto": 1.01, "w4a8": None, "nf4": None}
+COSINE = {"int8": 0.9995, "w8a8": 0.997, "int4": 0.970}
+# Compiled against reference, relative perplexity. Both round the same codes; kernels differ in the order of
+# fp32 sums.
+AGREEMENT = 0.003
+
+
+@dataclass(frozen=True)
+class Line:
+    """One measured number.
+
+    Attributes:
+        model: what was measured on.
+        recipe: the preset.
+        engine: "compiled" or "reference".
+        value: perplexity / float perplexity, or mean cosine to the float embeddings.
+        error: standard error of `value` over windows, or standard deviation of the cosines / sqrt(sentences).
+        target: the bound it must keep, None without one.
+        met: whether it does.
+        coverage: share of contraction FLOPs that run quantized.
+        seconds: compiling included.
+    """
+
+    model: str
+    recipe: str
+    engine: str
+    value: float
+    error: float
+    target: float | None
+    met: bool
+    coverage: float
+    seconds: float
+
+
+# ---------------------------------------------------------------------------------------------- the reference
+def reference(float_model: nn.Module, ledger: qcompile.Explanation) -> nn.Module:
+    """A copy of the model in which the ledger's decisions are carried out in plain torch."""
+    rounded = copy.deepcopy(float_model)
+    parameters = dict(rounded.named_parameters(remove_duplicate=False))
+    done: dict[int, str] = {}
+    for row in ledger.rows:
+        if not row.quantized:
+            continue
+        weight, _, act = row.scheme.partition(" x ")
+        parameter = parameters[row.path]
+        # A table that is looked up and multiplied with has two rows in the ledger and one packed copy.
+        if done.setdefault(id(parameter), weight) != weight:
+            raise RuntimeError(f"{row.path} has two schemes, {done[id(parameter)]} and {weight}")
+        if act:
+            module = rounded.get_submodule(row.path.rpartition(".")[0])
+            module.register_forward_pre_hook(_round_input(Scheme.parse(act)))
+    with torch.no_grad():
+        for parameter in rounded.parameters():
+            if id(parameter) in done:
+                parameter.copy_(fake_quant(parameter, Scheme.parse(done[id(parameter)])))
+    return rounded
+
+
+def _round_input(scheme: Scheme) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    return lambda module, args: (fake_quant(args[0], scheme), *args[1:])
+
+
+# ------------------------------------------------------------------------------------------- the two measures
+@torch.inference_mode()
+def surprise(call: Callable[..., Any], windows: torch.Tensor) -> list[float]:
+    """Negative log likelihood in nats of each window `[count, TOKENS]`, without its first token."""
+    found = []
+    for window in windows.split(1):
+        ids = window.clone(memory_format=torch.contiguous_format)
+        logits = call(input_ids=ids, use_cache=False).logits[0, :-1].float()
+        found.append(float(nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")))
+    return found
+
+
+@torch.inference_mode()
+def embeddings(call: Callable[..., Any], batches: Iterable[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """`[sentences, 384]`, each of length 1."""
+    return torch.cat([model.embed(call, {k: v.clone() for k, v in batch.items()}) for batch in batches])
+
+
+def engines(
+    float_model: nn.Module, recipe: str, example: dict[str, Any], compiled: bool
+) -> Iterable[tuple[str, Callable[..., Any], float]]:
+    """(name, what to call, coverage) of the reference and, if wanted, the compiled model."""
+    torch.compiler.reset()
+    ledger = qcompile.explain(float_model, recipe=recipe, **example)
+    yield "reference", reference(float_model, ledger), ledger.coverage
+    if compiled:
+        torch.compiler.reset()
+        call = torch.compile(float_model, backend="qcompile", options={"recipe": recipe})
+        yield "compiled", call, ledger.coverage
+
+
+def language_model(windows_count: int, recipes: list[str], compiled: bool, say: Callable[[str], None]) -> list[Line]:
+    """Perplexity ratios of SmolLM2."""
+    with tempfile.TemporaryDirectory() as folder:
+        where = model.unpack(Path(folder))
+        tokenizer, float_model = model.load_tokenizer(where), model.load(where)
+    windows = text.windows(tokenizer, text.read(), windows_count, TOKENS)
+    base = surprise(float_model, windows)
+    scored = TOKENS - 1
+    perplexity = math.exp(sum(base) / (len(base) * scored))
+    say(f"{model.LANGUAGE_MODEL}: float perplexity {perplexity:.3f} on {len(base) * scored} tokens of {text.NAME}")
+    example = {"input_ids": windows[:1].clone(), "use_cache": False}
+    lines, plain = [], 1.0
+    for recipe in recipes:
+        target = PERPLEXITY[recipe]
+        for engine, call, coverage in engines(float_model, recipe, example, compiled):
+            begun = time.monotonic()
+            value, error = report.perplexity_ratio(surprise(call, windows), base, scored)
+            met = target is None or value <= target
+            if engine == "reference":
+                plain = value
+            else:
+                met = met and abs(value / plain - 1) <= AGREEMENT
+            took = time.monotonic() - begun
+            lines.append(Line(model.LANGUAGE_MODEL, recipe, engine, value, error, target, met, coverage, took))
+            say(f"  {recipe} {engine}: {value:.5f} ± {error:.5f}{'' if met else '   MISSED'}")
+    return lines
+
+
+def sentence_model(count: int, recipes: list[str], compiled: bool, say: Callable[[str], None]) -> list[Line]:
+    """Mean cosines of MiniLM's sentence embeddings."""
+    float_model, tokenizer = model.load_sentence_model()
+    chosen = text.sentences(text.read(), count // BATCH * BATCH)
+    batches = [
+        dict(
+            tokenizer(
+                chosen[start : start + BATCH],
+                padding="max_length",
+                truncation=True,
+                max_length=LENGTH,
+                return_tensors="pt",
+            )
+        )
+        for start in range(0, len(chosen), BATCH)
+    ]
+    base = embeddings(float_model, batches)
+    say(f"{model.SENTENCE_MODEL}: {len(base)} sentences of {text.NAME}")
+    lines = []
+    for recipe in recipes:
+        target = COSINE[recipe]
+        for engine, call, coverage in engines(float_model, recipe, batches[0], compiled):
+            begun = time.monotonic()
+            cosines = (embeddings(call, batches) * base).sum(-1)
+            value, error = float(cosines.mean()), float(cosines.std()) / len(cosines) ** 0.5
+            took = time.monotonic() - begun
+            met = value >= target
+            lines.append(Line(model.SENTENCE_MODEL, recipe, engine, value, error, target, met, coverage, took))
+            say(f"  {recipe} {engine}: {value:.6f} ± {error:.6f}{'' if met else '   MISSED'}")
+    return lines
+
+
+def table(lines: list[Line]) -> Table:
+    shown = Table(title="quality: perplexity / float (lower is better), mean cosine (higher)", title_justify="left")
+    for name in ("model", "recipe", "engine"):
+        shown.add_column(name)
+    for name in ("value", "±", "target", "coverage", "s", ""):
+        shown.add_column(name, justify="right")
+    for one in lines:
+        shown.add_row(
+            one.model,
+            one.recipe,
+            one.engine,
+            f"{one.value:.5f}",
+            f"{one.error:.5f}",
+            "" if one.target is None else f"{one.target:g}",
+            f"{one.coverage:.3f}",
+            f"{one.seconds:.0f}",
+            "ok" if one.met else "MISSED",
+            style=None if one.met else "red",
+        )
+    return shown
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--windows", type=int, default=32, help=f"pieces of text of {TOKENS} tokens")
+    parser.add_argument("--sentences", type=int, default=64)
+    parser.add_argument("--recipes", default=",".join(PERPLEXITY), help="comma separated")
+    parser.add_argument("--reference-only", action="store_true", help="compile nothing")
+    parser.add_argument("--models", default="language,sentence", help="language, sentence or both")
+    parser.add_argument("--out", type=Path, default=Path("bench-results/quality.json"))
+    given = parser.parse_args()
+    recipes = given.recipes.split(",")
+    for recipe in recipes:
+        qcompile.Recipe.of(recipe)
+    console = Console(highlight=False, soft_wrap=True)
+    lines: list[Line] = []
+    if "language" in given.models:
+        lines += language_model(given.windows, recipes, not given.reference_only, console.print)
+    if "sentence" in given.models:
+        wanted = [recipe for recipe in recipes if recipe in COSINE]
+        lines += sentence_model(given.sentences, wanted, not given.reference_only, console.print)
+    console.print(table(lines))
+    report.write(given.out, {"machine": report.machine(), "lines": [asdict(one) for one in lines]})
+    missed = [one for one in lines if not one.met]
+    console.print(f"{len(lines) - len(missed)} of {len(lines)} within their targets; {given.out}")
+    return int(bool(missed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

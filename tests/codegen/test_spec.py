@@ -1,0 +1,91 @@
+"""Kernel specs, verdicts and the order in which lowerings are asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from qcompile.codegen.devices.cpu import CpuLowering, detect_isa
+from qcompile.codegen.registry import Kernel, Verdict, choose
+from qcompile.codegen.spec import KernelSpec, dtype_name
+from qcompile.errors import QCError
+from qcompile.ir.matmul import MatmulSpec
+from qcompile.ir.scheme import Scheme
+
+INT4 = Scheme.parse("int4/g32:fp16")
+
+
+def test_equal_sites_share_a_kernel() -> None:
+    a = MatmulSpec(INT4, (64, 32), 128, None, "acc+e0", ("row",))
+    b = MatmulSpec(INT4, (16, 48), 512, None, "acc+e0", ("row",))
+    one, two = (KernelSpec.of(s, torch.bfloat16, "f32", [torch.float32]) for s in (a, b))
+    assert one == two
+    assert str(one) == "int4/g32:fp16 bf16->f32 segments=2 y=acc+e0 e=row:f32"
+
+
+def test_every_field_is_in_the_key() -> None:
+    specs = [
+        KernelSpec(INT4),
+        KernelSpec(INT4, Scheme.parse("int8/token")),
+        KernelSpec(INT4, segments=2),
+        KernelSpec(INT4, epilogue="relu(acc)"),
+        KernelSpec(INT4, extras=(("row", "f32"),)),
+        KernelSpec(INT4, extras=(("mat", "f32"),)),
+        KernelSpec(INT4, extras=(("row", "bf16"),)),
+        KernelSpec(INT4, x="bf16"),
+        KernelSpec(INT4, y="f16"),
+    ]
+    assert len({str(s) for s in specs}) == len(specs)
+    sources = {CpuLowering("portable").emit(s).source for s in specs}
+    assert len(sources) == len(specs)
+
+
+def test_unknown_dtypes_are_named() -> None:
+    with pytest.raises(QCError, match="float64"):
+        dtype_name(torch.float64)
+    with pytest.raises(QCError, match="i8"):
+        KernelSpec(INT4, x="i8")
+
+
+@pytest.mark.parametrize("isa", ["avx512vnni", "avx2", "portable"])
+def test_source_names_its_instruction_set(isa: str) -> None:
+    """Two texts for one spec differ, so no cache keyed on the text can confuse them."""
+    assert f"instruction set {isa}" in CpuLowering(isa).emit(KernelSpec(INT4)).source
+
+
+def test_isa_override(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QCOMPILE_ISA", "portable")
+    assert detect_isa() == "portable"
+    monkeypatch.setenv("QCOMPILE_ISA", "sse9")
+    with pytest.raises(QCError, match="sse9"):
+        detect_isa()
+
+
+@dataclass(frozen=True)
+class Never:
+    reason: str
+    op: str = "qmm"
+    device: str = "cpu"
+
+    def supports(self, spec: KernelSpec) -> Verdict:
+        return Verdict(False, self.reason)
+
+    def emit(self, spec: KernelSpec) -> Kernel:
+        raise AssertionError("asked after a refusal")
+
+
+def test_choice_keeps_the_reasons() -> None:
+    cpu = CpuLowering("portable")
+    choice = choose([Never("no"), Never("other", device="cuda"), cpu, Never("late")], "qmm", "cpu", KernelSpec(INT4))
+    assert choice.lowering is cpu
+    assert choice.refused == (("Never", "no"),)
+    nobody = choose([Never("a"), Never("b")], "qmm", "cpu", KernelSpec(INT4))
+    assert nobody.lowering is None
+    assert [reason for _, reason in nobody.refused] == ["a", "b"]
+
+
+def test_emit_refuses_with_the_reason() -> None:
+    with pytest.raises(QCError, match="multiple of 32"):
+        CpuLowering("portable").emit(KernelSpec(Scheme.parse("int4/g16:fp16")))
