@@ -1,8 +1,8 @@
 """What one kernel computes: the part of a matmul site that changes the kernel's text.
 
-A `MatmulSpec` names one site: sizes included. A `KernelSpec` leaves the sizes out (they are run-time arguments), adds the
-dtypes of the tensors at hand, and so is equal for all sites that one kernel can serve: its string is the key under which
-kernels are built, cached, tuned and reported.
+A `MatmulSpec` names one site: sizes included. A `KernelSpec` leaves the sizes out (they are run-time arguments),
+adds the dtypes of the tensors at hand, and so is equal for all sites that one kernel can serve: its string is the
+key under which kernels are built, cached, tuned and reported.
 """
 
 from __future__ import annotations

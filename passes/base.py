@@ -54,10 +54,13 @@ class PassContext:
     """Everything passes share while one graph is compiled.
 
     Attributes:
-        options: the user's options. recipe: the resolved recipe. plan: decisions by site; passes write
-        reasons back. store: the process-wide packed-weight store. inputs: example value of each placeholder,
-        by name; parameters are the real ones. kernel: asks the lowerings about a matmul: `(spec, device, x
-        dtype, out dtype, rows or None) -> Kernel`. training: whether autograd is recording for this graph.
+        options: the user's options.
+        recipe: the resolved recipe.
+        plan: decisions by site; passes write reasons back.
+        store: the process-wide packed-weight store.
+        inputs: example value of each placeholder, by name; parameters are the real ones.
+        kernel: asks the lowerings about a matmul: `(spec, device, x dtype, rows or None) -> Kernel`.
+        training: whether autograd is recording for this graph.
         packed: graph inputs that `freeze` added.
     """
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-import qcompile.backend  # noqa: F401  (so that a compiled model finds it)
 from qcompile import compat
+from qcompile.backend import DEFAULT_PASSES
+from qcompile.backend import qcompile as backend
 from qcompile.conversion import Conversion, convert
 from qcompile.ledger import Explanation, explain
 from qcompile.options import Options
+from qcompile.plan.recipe import Recipe
 from qcompile.runtime.store import STORE
 from qcompile.serialize import load, save
 
@@ -39,19 +42,24 @@ def compile(
     """`torch.compile(model, backend="qcompile", options=options)` with one more knob.
 
     Args:
-        model: module or function. fast_guards: skip Dynamo's checks that modules, their hooks and their
-        attributes are what they were when the
-            graph was made. That removes most of the per-call overhead of a large model; only set it when the
-            model is not modified after the first call (no `train()`, no new hooks, no changed configuration).
+        model: module or function.
+        fast_guards: skip Dynamo's checks that modules, their hooks and their attributes are what they were when the
+            graph was made. That removes most of the per-call overhead of a large model; only set it when the model is
+            not modified after the first call (no `train()`, no new hooks, no changed configuration).
         dynamic: as in `torch.compile`.
         options: every option of the backend.
 
     Raises:
-        QCError: an unknown option, at once and not on the first call.
+        QCError: an unknown option, recipe or pass name, at once and not on the first call.
     """
-    Options.parse(options)
-    extra: dict[str, Any] = {"guard_filter_fn": compat.skip_module_guards} if fast_guards else {}
-    return torch.compile(model, backend="qcompile", dynamic=dynamic, options={**options, **extra})
+    settings = Options.parse(options)
+    Recipe.of(settings.recipe)
+    settings.passes.apply(DEFAULT_PASSES)
+    if not fast_guards:
+        return torch.compile(model, backend="qcompile", dynamic=dynamic, options=options)
+    # A backend object of its own: Dynamo would otherwise find the graph that the same model was given with full guards.
+    guards: dict[str, Any] = {**options, "guard_filter_fn": compat.skip_module_guards}
+    return torch.compile(model, backend=partial(backend), dynamic=dynamic, options=guards)
 
 
 __all__ = ["Conversion", "Explanation", "compile", "convert", "explain", "load", "refresh", "save"]

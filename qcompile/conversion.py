@@ -136,19 +136,18 @@ def convert(model: nn.Module, recipe: Any = "auto", *, strict: bool = False) -> 
     """Replace float weights by packed ones, in place.
 
     Args:
-        model: any module; its `nn.Linear`, `nn.Embedding` and HF `Conv1D` weights are candidates. Tied
-        weights share one
-            packed copy.
-        recipe: preset, scheme, `Recipe` or JSON file. Activation schemes do not concern stored weights: give
-        the recipe
-            to the backend as well (`options={"recipe": ...}`).
+        model: any module; its `nn.Linear`, `nn.Embedding` and HF `Conv1D` weights are candidates. Tied weights share
+            one packed copy.
+        recipe: preset, scheme, `Recipe` or JSON file. Activation schemes do not concern stored weights: give the
+            recipe to the backend as well (`options={"recipe": ...}`).
         strict: raise instead of keeping a candidate float, and for groups that do not divide a weight.
 
     Returns:
         What was converted and what was kept, with reasons.
 
     Raises:
-        QCError: "convert.strict", "scheme.ragged", or the codec's error for a weight holding NaN or Inf, naming the module.
+        QCError: "convert.strict", "scheme.ragged", or the codec's error for a weight holding NaN or Inf; they name the
+            module.
     """
     rules, done, kept = Recipe.of(recipe), [], []
     groups = _owners_by_weight(model)

@@ -157,9 +157,7 @@ def _state(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def _assign(
-    model: nn.Module, name: str, old: torch.Tensor, reader: _Reader, made: dict[int, nn.Parameter]
-) -> None:
+def _assign(model: nn.Module, name: str, old: torch.Tensor, reader: _Reader, made: dict[int, nn.Parameter]) -> None:
     """Put one tensor of the file into the model. `made` keeps tied parameters tied: one file tensor, one parameter."""
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -216,6 +216,14 @@ def test_an_engine_that_dies_does_not_take_the_others_along(moment: str) -> None
     assert summary["inductor"]["error"].startswith("it died")
     assert "decode_x_inductor" not in summary["int4"]
     assert "failed" in rendered(summary)
+
+
+def test_when_time_runs_short_the_rest_is_left_out_and_said() -> None:
+    plan = Plan((EAGER, INT4, replace(INDUCTOR, optional=True)), windows=2, rounds=9, steps=3, seconds=0.0)
+    found = outcomes_of(plan, [])
+    assert [one.skipped for one in found] == [False, False, True]
+    assert [len(one.turns) for one in found] == [3, 3, 0]
+    assert "no time" in rendered(report.summarize(found, CHUNK, WINDOW))
 
 
 def test_an_interrupted_run_stops_its_engines_and_keeps_what_is_done() -> None:

@@ -81,7 +81,7 @@ def backend(outlined: bool, seen: list[str]) -> Callable[..., Any]:
         if outlined:
             compat.warm_cpp()
         inner = outline(report=lambda r: seen.append(str(r))) if outlined else None
-        config = {**compat.Fingerprint.patch(f"outline={outlined}", {}), **json.loads(os.environ.get("CFG","{}"))}
+        config = {**compat.Fingerprint.patch(f"outline={outlined}", {}), **json.loads(os.environ.get("CFG", "{}"))}
         return compat.compile_fx(gm, inputs, inner_compile=inner, config=config)
 
     return compile_graph

@@ -92,9 +92,9 @@ class CpuLowering:
         return Verdict(not reason, reason)
 
     def emit(self, spec: KernelSpec) -> Kernel:
-        """Arguments of the entry, in order: x, then codes, scales and zeros (or minimums) of each segment, the extras, y;
-        then M, K, the row stride of x, N of each segment, the row stride of each "mat" extra, the row stride of y.
-        Strides are in elements; last dimensions are contiguous.
+        """Arguments of the entry, in order: x, then codes, scales and zeros (or minimums) of each segment, the extras,
+        y; then M, K, the row stride of x, N of each segment, the row stride of each "mat" extra, the row stride
+        of y. Strides are in elements; last dimensions are contiguous.
 
         Raises `QCError` ("kernel.unsupported").
         """

@@ -3,15 +3,16 @@
 Tests and benchmarks compare kernels with a float64 evaluation of the same codes, scales and activations. What they may
 differ by is not a chosen tolerance: it is computed here, element by element, from the operations the kernels perform.
 
-Notation: u = 2^-24 is the unit roundoff of fp32, gamma(n) = n u / (1 - n u) bounds the relative error of n roundings
-(Higham, Accuracy and Stability of Numerical Algorithms, section 3.1), A = sum over k of (size of the weight's terms) * |x|.
+Notation: u = 2^-24 is the unit roundoff of fp32, gamma(n) = n u / (1 - n u) bounds the relative error of n
+roundings (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1), A = sum over k of (size of the
+weight's terms) * |x|.
 
 * digits1 (int8 activation): sums of products are exact integers. Roundings: integer to float, zero point, then one
   multiply-add with the scale (and one with the minimum) per group, the row's scale, its product with the sum.
 * digits2 (16-bit image of x, a scale for each 32 k): |x - step q| <= step (1/2 + 32639 * 3 u) <= 0.51 step with
-  step = absmax / 32639, for the factor 32639 / absmax, its product with x, and step itself are rounded once each. That error
-  meets |w|. Roundings: integer to float, scale times step, and one multiply-add for each 32 k; zero points and minimums add the
-  sum of step times digits (one rounding for each 32 k) and one multiply-add per group.
+  step = absmax / 32639, for the factor 32639 / absmax, its product with x, and step itself are rounded once each.
+  That error meets |w|. Roundings: integer to float, scale times step, and one multiply-add for each 32 k; zero
+  points and minimums add the sum of step times digits (one rounding for each 32 k) and one multiply-add per group.
 * float: one multiply-add per k, one per group, the row's scale.
 """
 

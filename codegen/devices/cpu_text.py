@@ -1,8 +1,8 @@
 """A CPU kernel's text: constants derived from the spec, then the fragments and templates it needs, then its entry.
 
-The fragments are C++ headers under `codegen/fragments/cpu` and `codegen/templates/cpu` that know neither formats nor
-schemes: a weight is a list of bit planes, a byte table (or none) and an offset, which `WeightCode` derives here from the
-format's levels. Adding a format therefore touches no C++.
+The fragments are C++ headers under `codegen/fragments/cpu` and `codegen/templates/cpu` that know neither formats
+nor schemes: a weight is a list of bit planes, a byte table (or none) and an offset, which `WeightCode` derives here
+from the format's levels. Adding a format therefore touches no C++.
 """
 
 from __future__ import annotations

@@ -129,9 +129,7 @@ def _refusal(weight: Weight | None, value: Any, ctx: PassContext) -> str:
 
 def may_be_trained(weight: Weight, ctx: PassContext) -> bool:
     """Whether a gradient may be asked for: a packed copy, which is a constant, would lose it."""
-    return ctx.training and any(
-        getattr(ctx.inputs.get(root.name), "requires_grad", False) for root in weight.roots
-    )
+    return ctx.training and any(getattr(ctx.inputs.get(root.name), "requires_grad", False) for root in weight.roots)
 
 
 def _attention(index: int, node: fx.Node, *_: Any) -> Site:

@@ -87,11 +87,27 @@ def _grow_best(qmm: fx.Node, order: Mapping[fx.Node, int]) -> _Region | None:
     if spec.epilogue not in ("", "acc+e0") or (spec.epilogue and spec.extras != ("row",)):
         return None
     found = None
-    if len(spec.n) == 2 and spec.n[0] == spec.n[1]:
-        halves = _segments(qmm)
-        if halves is not None and not spec.epilogue:
-            found = _grow(qmm, {halves[0]: "a0", halves[1]: "a1"}, spec, order)
-    return found or _grow(qmm, {qmm: f"({spec.epilogue or 'acc'})"}, spec, order)
+    halves = _segments(qmm) if len(spec.n) == 2 and spec.n[0] == spec.n[1] else None
+    if halves is not None:
+        # A joined bias is cut in two views, one for each half.
+        biases = _halves(qmm, spec.n[0]) if spec.epilogue else []
+        texts = ("(a0+e0)", "(a1+e1)") if biases else ("a0", "a1")
+        found = _grow(dict(zip(halves, texts, strict=True)), biases, ["row"] * len(biases), order)
+        if found is None:
+            for node in biases:
+                qmm.graph.erase_node(node)
+    whole = {qmm: f"({spec.epilogue or 'acc'})"}
+    return found or _grow(whole, list(qmm.args[2]), list(spec.extras), order)  # type: ignore[arg-type]
+
+
+def _halves(qmm: fx.Node, n: int) -> list[fx.Node]:
+    bias = qmm.args[2][0]  # type: ignore[index]
+    views = []
+    with qmm.graph.inserting_before(qmm):
+        for start in (0, n):
+            views.append(qmm.graph.call_function(torch.ops.aten.slice.Tensor, (bias, 0, start, start + n)))
+            views[-1].meta["val"] = value_of(bias)[start : start + n]
+    return views
 
 
 def _segments(qmm: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -105,12 +121,11 @@ def _segments(qmm: fx.Node) -> tuple[fx.Node, fx.Node] | None:
 
 
 def _grow(
-    qmm: fx.Node, leaves: Mapping[fx.Node, str], spec: MatmulSpec, order: Mapping[fx.Node, int]
+    leaves: Mapping[fx.Node, str], extras: list[fx.Node], kinds: list[str], order: Mapping[fx.Node, int]
 ) -> _Region | None:
+    """Absorb users of `leaves` in graph order; `extras` and `kinds` are what the leaves read already."""
     shape = value_of(next(iter(leaves))).shape
     text: dict[fx.Node, str] = dict(leaves)
-    extras: list[fx.Node] = list(qmm.args[2])  # type: ignore[arg-type]
-    kinds: list[str] = list(spec.extras)
     best: _Region | None = None
     frontier = sorted({u for leaf in leaves for u in leaf.users}, key=order.__getitem__)
     while frontier and len(text) < MAX_REGION:

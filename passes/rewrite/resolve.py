@@ -26,7 +26,8 @@ from qcompile.plan.plan import Decision
 from qcompile.plan.recipe import Choice
 from qcompile.plan.site import Site
 
-_PACKED = "packed by convert"
+
+PACKED = "packed by convert"
 
 
 class Resolve(Pass):
@@ -80,7 +81,7 @@ def _choose(ctx: PassContext, site: Site, weight: Weight) -> Choice:
         # The scheme was fixed when the weight was given up; the recipe may still ask for low-bit activations.
         fixed = Scheme.parse(str(weight.packed.args[1]))
         choice = ctx.recipe.resolve(replace(site, weight_dtype=str(fixed)))
-        return replace(choice, weight=fixed, act=choice.act, reason=_PACKED)
+        return replace(choice, weight=fixed, act=choice.act, reason=PACKED)
     try:
         return ctx.recipe.resolve(site, lambda: real_weight(weight, ctx))
     except QCError as error:
@@ -108,7 +109,7 @@ def _decide(ctx: PassContext, site: Site, choice: Choice, node: fx.Node) -> None
     plan.decisions[site.index] = decision
     if choice.weight is None:
         return
-    if options.strict and choice.reason != _PACKED:
+    if options.strict and choice.reason != PACKED:
         refuse_ragged(choice.weight, site.n, site.k, site.path or site.source)
     act = None if options.policy == "accuracy" else choice.act
     if act is not choice.act:
@@ -123,11 +124,11 @@ def _decide(ctx: PassContext, site: Site, choice: Choice, node: fx.Node) -> None
         reason = f"no fast kernel for {choice.weight}: {kernel.reason}"
         if options.strict:
             raise QCError("kernel.none", reason, where=site.path, next="choose another scheme or strict=False")
-        if options.policy == "speed" and choice.reason != _PACKED:
+        if options.policy == "speed" and choice.reason != PACKED:
             plan.keep_float(site.index, f"{reason}; policy='memory' packs it anyway")
             return
         plan.update(site.index, kernel="reference", reason=reason)
-    elif kernel.slower_than_float and options.policy == "speed" and choice.reason != _PACKED:
+    elif kernel.slower_than_float and options.policy == "speed" and choice.reason != PACKED:
         plan.keep_float(site.index, f"{kernel.name} would be slower than float here: {kernel.reason}")
     else:
         plan.update(site.index, kernel=kernel.name)

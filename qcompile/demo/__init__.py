@@ -33,8 +33,7 @@ def run(quick: bool = False, out: Path = Path("demo-results")) -> dict[str, Any]
         The content of `results.json`.
 
     Raises:
-        QCError: "demo.package" when a package is missing; "demo.engine" when an engine failed, after the
-        others were
+        QCError: "demo.package" when a package is missing; "demo.engine" when an engine failed, after the others were
             measured and everything was written.
         KeyboardInterrupt: passed on, after what is done was written.
     """

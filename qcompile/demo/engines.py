@@ -25,6 +25,7 @@ class Engine:
         fast_guards: `qcompile.compile(..., fast_guards=True)` instead of plain `torch.compile`.
         converted: the float weights are given up first (`qcompile.convert`).
         warm: name of the engine whose compile cache it starts from; "" starts from an empty one.
+        optional: left out when time runs short.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Engine:
     fast_guards: bool = False
     converted: bool = False
     warm: str = ""
+    optional: bool = False
 
     def start(self, model: nn.Module) -> Callable[..., Any]:
         """What to call instead of the model. Compiles nothing yet; `converted` rewrites the model in
@@ -57,8 +59,8 @@ INDUCTOR = Engine("inductor", "float, Inductor", "inductor")
 INT8, INT4, W8A8, W4A8 = (
     Engine(name, f"qcompile {name}", "qcompile", name) for name in ("int8", "int4", "w8a8", "w4a8")
 )
-FAST = Engine("int4-fast-guards", "int4, fast guards", "qcompile", "int4", fast_guards=True, warm="int4")
-CONVERTED = Engine("int4-converted", "int4, converted", "qcompile", "int4", converted=True, warm="int4")
+FAST = Engine("int4-fast-guards", "int4, fast guards", "qcompile", "int4", fast_guards=True, warm="int4", optional=True)
+CONVERTED = Engine("int4-converted", "int4, converted", "qcompile", "int4", converted=True, warm="int4", optional=True)
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class Plan:
         engines: in the order in which they start.
         windows: pieces of text for the perplexity.
         rounds: how often every engine takes its turn in the speed phase.
+        seconds: after three quarters of them no optional engine starts, after all of them no round after the third.
         steps: decode steps per round.
         left_out: what a reader should know is missing.
     """
@@ -77,14 +80,16 @@ class Plan:
     windows: int
     rounds: int
     steps: int
+    seconds: float = 660
     left_out: str = ""
 
 
-FULL = Plan((EAGER, INDUCTOR, INT8, INT4, W8A8, W4A8, FAST, CONVERTED), windows=16, rounds=8, steps=32)
+FULL = Plan((EAGER, INDUCTOR, INT8, INT4, W8A8, W4A8, FAST, CONVERTED), windows=16, rounds=6, steps=32)
 QUICK = Plan(
     (EAGER, INT4, W8A8),
     windows=8,
     rounds=5,
     steps=24,
+    seconds=210,
     left_out="--quick leaves out Inductor, int8, w4a8, fast guards and convert, and takes half the text",
 )

@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -33,12 +34,14 @@ class Outcome:
         report: fields of `worker.Report`; empty until it has measured.
         turns: per round (seconds of the prompt, seconds of each decode step).
         error: what went wrong, "" otherwise.
+        skipped: no time was left for it.
     """
 
     engine: Engine
     report: dict[str, Any] = field(default_factory=dict)
     turns: list[tuple[float, tuple[float, ...]]] = field(default_factory=list)
     error: str = ""
+    skipped: bool = False
 
 
 class Progress(Protocol):
@@ -140,11 +143,15 @@ def run(plan: Plan, start: Callable[[Engine], Runner], progress: Progress) -> It
         The outcomes of all engines started so far, always the same list.
     """
     outcomes: list[Outcome] = []
+    begun = time.monotonic()
     with contextlib.ExitStack() as stack:
         up: list[tuple[Outcome, Runner]] = []
         for engine in plan.engines:
             outcome = Outcome(engine)
             outcomes.append(outcome)
+            if engine.optional and time.monotonic() - begun > 0.75 * plan.seconds:
+                outcome.skipped = True
+                continue
             runner = start(engine)
             stack.callback(runner.stop)
             try:
@@ -171,3 +178,5 @@ def run(plan: Plan, start: Callable[[Engine], Runner], progress: Progress) -> It
                     outcome.turns.append(turn)
             if number >= 0:
                 yield outcomes
+            if number >= 2 and time.monotonic() - begun > plan.seconds:
+                break

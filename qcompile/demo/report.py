@@ -66,6 +66,8 @@ def summarize(outcomes: Sequence[Outcome], chunk: int, window: int) -> dict[str,
 def _summary(outcome: Outcome, known: dict[str, Outcome], chunk: int, scored: int) -> dict[str, Any]:
     found: dict[str, Any] = {"label": outcome.engine.label}
     report = outcome.report
+    if outcome.skipped:
+        found["skipped"] = True
     if outcome.error:
         found["error"] = outcome.error
     if report:
@@ -110,6 +112,8 @@ def table(summary: dict[str, dict[str, Any]], title: str) -> Table:
     for row in summary.values():
         if "error" in row:
             shown.add_row(row["label"], "failed: " + row["error"].splitlines()[0], style="red")
+        elif "skipped" in row:
+            shown.add_row(row["label"], "left out: no time", style="yellow")
         elif "perplexity" not in row:
             shown.add_row(row["label"], "interrupted", style="yellow")
         else:

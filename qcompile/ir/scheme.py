@@ -63,9 +63,10 @@ ROUNDINGS: tuple[Rounding, ...] = ("nearest", "stochastic", "floor")
 class Scale:
     """Format of a scale, and what comes with it.
 
-    zero: None, `z` (an integer zero point, one uint8 per scale: w = s * (code - z)) or `m` (a minimum in the
-        scale's
-    own format: w = s * code + m).
+    Attributes:
+        format: how each scale is stored.
+        zero: None, `z` (an integer zero point, one uint8 per scale: w = s * (code - z)) or `m` (a minimum in the
+            scale's own format: w = s * code + m).
     """
 
     format: ScaleFormat

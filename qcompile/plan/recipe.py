@@ -32,10 +32,12 @@ class Rule:
     """Matchers, then settings.
 
     Attributes:
-        weight: weight scheme, or `None` to keep the site float. act: activation scheme (`None`: activations
-        are used exactly); ignored for lookups. path: glob on the weight's module path. kind: kinds of site.
-        min_weights: smallest number of weight elements. min_sqnr: apply only where `weight` keeps at least
-        this signal-to-noise ratio (dB) on this very weight;
+        weight: weight scheme, or `None` to keep the site float.
+        act: activation scheme (`None`: activations are used exactly); ignored for lookups.
+        path: glob on the weight's module path.
+        kind: kinds of site.
+        min_weights: smallest number of weight elements.
+        min_sqnr: apply only where `weight` keeps at least this signal-to-noise ratio (dB) on this very weight;
             otherwise the next rules are tried.
     """
 
@@ -47,6 +49,14 @@ class Rule:
     min_sqnr: float = -math.inf
 
     def __post_init__(self) -> None:
+        weight = self.weight
+        if weight is not None and weight.format.kind == "int" and not weight.format.signed and weight.symmetric:
+            raise QCError(
+                "recipe.unsigned",
+                f"{weight} cannot hold negative weights",
+                why=f"{weight.format} without a zero point or a minimum has no values below zero",
+                next=f"write {weight}+m, or a signed format such as int{weight.format.bits}/{weight.granularity}",
+            )
         for kind in self.kind:
             if kind not in KINDS:
                 raise QCError("recipe.kind", f"unknown site kind {kind!r}{suggest(kind, KINDS)}", next=f"use {KINDS}")
@@ -159,7 +169,8 @@ class Recipe:
             if value in PRESETS:
                 return PRESETS[value]
             if "/" in value:
-                weight, *act = value.split()
+                # "weight", "weight activation" or, as the ledger prints it, "weight x activation".
+                weight, *act = (word for word in value.split() if word != "x")
                 return _uniform(Scheme.parse(weight), Scheme.parse(act[0]) if act else None, value)
             raise QCError(
                 "recipe.unknown",

@@ -16,15 +16,19 @@ class Site:
     """One contraction or lookup.
 
     Attributes:
-        index: position in the graph; the identity of the site inside one plan. kind: one of `KINDS`. A *head*
-        is a linear that shares an embedding's weight or is far wider than deep. path: module path of the
-        weight ("model.layers.0.mlp.up_proj.weight"), or "" when no module owns it. source: user's line,
-        "file.py:12", or "". n: output features (rows of an embedding table), 0 when it has no weight. k:
-        input features (width of an embedding), 0 when it has no weight. batch: number of stacked weights (1
-        for a plain linear). m: rows of the activation for the example input; `None` when symbolic without a
-        hint. flops: multiply-adds times two for the example input; 0 for lookups. dtype: activation dtype,
-        "float32". weight_dtype: dtype of the float weight. bias: whether a bias is added. refused: why no
-        scheme can apply here ("" when one can).
+        index: position in the graph; the identity of the site inside one plan.
+        kind: one of `KINDS`. A *head* is a linear that shares an embedding's weight or is far wider than deep.
+        path: module path of the weight ("model.layers.0.mlp.up_proj.weight"), or "" when no module owns it.
+        source: user's line, "file.py:12", or "".
+        n: output features (rows of an embedding table), 0 when it has no weight.
+        k: input features (width of an embedding), 0 when it has no weight.
+        m: rows of the activation for the example input; `None` when symbolic without a hint.
+        flops: multiply-adds times two for the example input; 0 for lookups.
+        dtype: activation dtype, "float32".
+        weight_dtype: dtype of the float weight.
+        batch: number of stacked weights (1 for a plain linear).
+        bias: whether a bias is added.
+        refused: why no scheme can apply here ("" when one can).
     """
 
     index: int

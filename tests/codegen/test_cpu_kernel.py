@@ -1,7 +1,8 @@
 """CPU kernels against the exact product, over formats, shapes, strides, dtypes and instruction sets.
 
-Every bound is computed by `qcompile.codegen.devices.cpu_bounds` from the kernel's own arithmetic. One kernel is built per
-(spec, instruction set) and then meets many shapes, since a build takes seconds and a call takes microseconds.
+Every bound is computed by `qcompile.codegen.devices.cpu_bounds` from the kernel's own arithmetic. One kernel is
+built per (spec, instruction set) and then meets many shapes, since a build takes seconds and a call takes
+microseconds.
 """
 
 from __future__ import annotations

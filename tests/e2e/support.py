@@ -25,7 +25,7 @@ def compiled(model: Any, recipe: Any = RECIPE, *, dynamic: bool | None = None, *
 
 def planned(model: Any, *args: Any, recipe: Any = RECIPE, **options: Any) -> Any:
     """The rewritten graph's result with the plain-torch meaning of every operator; no code is generated."""
-    with watching("reference"):
+    with torch.no_grad(), watching("reference"):
         torch._dynamo.reset()
         result = compiled(model, recipe, **options)(*args)
     torch._dynamo.reset()

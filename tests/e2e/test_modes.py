@@ -33,7 +33,7 @@ STEP = fp32_step(96)
 
 @pytest.fixture
 def model() -> nn.Module:
-    return TinyLM(layers=2).eval()
+    return TinyLM(layers=1).eval()
 
 
 @pytest.fixture
@@ -51,32 +51,33 @@ def test_kernels_and_shapes_that_change(model: nn.Module, ids: Tensor) -> None:
             assert (run(ids) - plain(ids)).abs().max() <= noise_bound(plain, ids, step=STEP), shape
         assert len(trace.contexts) == 2
     assert all(d.quantized for ctx in trace.contexts for d in ctx.plan if d.site.kind != "attention")
-    # One table, 2 x (q k v o gate up down): the second graph packed nothing again.
-    assert len(list(STORE)) - known == 15
+    # One table, q k v o gate up down: the second graph packed nothing again.
+    assert len(list(STORE)) - known == 8
 
 
 @pytest.mark.parametrize("how", ["dynamic", "mark_dynamic"])
 def test_one_graph_for_every_size(model: nn.Module, how: str) -> None:
-    plain, first = decoded(model), torch.randint(0, 128, (4, 4))
+    # Dynamo takes sizes that are equal at first for one size, unless they are marked.
+    shapes = [(4, 4) if how == "mark_dynamic" else (4, 7), (3, 6), (5, 5), (64, 2)]
+    plain, first = decoded(model), torch.randint(0, 128, shapes[0])
     if how == "mark_dynamic":
         torch._dynamo.mark_dynamic(first, 0)
         torch._dynamo.mark_dynamic(first, 1)
-    with torch.no_grad(), watching(only_plan=True) as trace:
+    with torch.no_grad(), watching("reference") as trace:
         run = compiled(model, dynamic=True if how == "dynamic" else None)
-        # 4 x 4 first: sizes that happen to be equal must not be taken for one size.
-        for shape in [(4, 4), (3, 6), (6, 3), (64, 2), (5, 5)]:
-            ids = first if shape == (4, 4) else torch.randint(0, 128, shape)
+        for shape in shapes:
+            ids = first if shape == shapes[0] else torch.randint(0, 128, shape)
             assert (run(ids) - plain(ids)).abs().max() <= noise_bound(plain, ids, step=STEP), shape
     assert len(trace.contexts) == 1
 
 
 def test_dynamic_kernels_have_no_guards_of_their_own() -> None:
-    """Fusing compares shapes; with equal sizes at hand that must not ask whether they are the same."""
+    """Fusing compares shapes; that must not become a question about sizes that the user's calls have to answer."""
     model = MLP().eval()
     plain = decoded(model)
     with torch.no_grad(), watching() as trace:
         run = compiled(model, dynamic=True)
-        for shape in [(4, 4, 64), (3, 6, 64), (64, 2, 64)]:
+        for shape in [(4, 7, 64), (5, 5, 64), (96, 2, 64), (64, 64, 64)]:
             x = torch.randn(shape)
             assert (run(x) - plain(x)).abs().max() <= noise_bound(plain, x, step=STEP), shape
     assert len(trace.contexts) == 1
@@ -88,7 +89,7 @@ def test_parameters_made_in_a_mode(mode: Callable[[], Any], ids: Tensor) -> None
         model = TinyLM(layers=1).eval()
         plain = decoded(model)
         run = compiled(model)
-        with watching(only_plan=True) as trace:
+        with watching("reference") as trace:
             got = run(ids)
             assert encodes_during(lambda: run(ids)) == 0
         assert all(d.quantized for d in trace.contexts[0].plan if d.site.kind != "attention")
@@ -101,7 +102,7 @@ def test_normal_parameters_next_to_inference_ones() -> None:
     with torch.inference_mode():
         model[1].weight = nn.Parameter(torch.randn(32, 32), requires_grad=False)
     x = torch.randn(3, 32)
-    with torch.no_grad(), watching(only_plan=True):
+    with torch.no_grad(), watching("reference"):
         run = compiled(model)
         run(x)
         model[0].weight.mul_(2)
@@ -144,7 +145,7 @@ class Inside(nn.Module):
 def test_autocast_inside(real: bool) -> None:
     model, x = Inside().eval(), torch.randn(3, 64)
     plain = decoded(model)
-    with torch.no_grad(), watching(only_plan=not real):
+    with torch.no_grad(), watching("compiled" if real else "reference"):
         half, full = compiled(model)(x)
         want_half, want_full = plain(x)
     assert (half.dtype, full.dtype) == (torch.bfloat16, torch.float32)
@@ -157,7 +158,7 @@ def test_autocast_inside(real: bool) -> None:
 def test_autocast_outside() -> None:
     model, x = MLP().eval(), torch.randn(3, 64)
     plain = decoded(model)
-    with torch.no_grad(), watching(only_plan=True):
+    with torch.no_grad(), watching("reference"):
         run = compiled(model)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             got = run(x)
@@ -182,7 +183,7 @@ class Broken(nn.Module):
 def test_graph_break() -> None:
     model, x = Broken().eval(), torch.randn(3, 64)
     plain, known = decoded(model), len(list(STORE))
-    with torch.no_grad(), watching(only_plan=True) as trace:
+    with torch.no_grad(), watching("reference") as trace:
         got = compiled(model)(x)
         assert (got - plain(x)).abs().max() <= noise_bound(plain, x, step=STEP)
     assert len(trace.contexts) == 2
@@ -240,7 +241,7 @@ def test_first_calls_from_two_threads(model: nn.Module, ids: Tensor) -> None:
     known = len(list(STORE))
 
     def call() -> Tensor:
-        with torch.no_grad(), watching(only_plan=True):
+        with torch.no_grad(), watching("reference"):
             return run(ids)
 
     run = compiled(model)
@@ -256,7 +257,7 @@ def test_switching_between_modules_encodes_nothing() -> None:
     def call(layer: nn.Module, x: Tensor) -> Tensor:
         return layer(x)
 
-    with torch.no_grad(), watching(only_plan=True) as trace:
+    with torch.no_grad(), watching("reference") as trace:
         run = compiled(call)
         first = [run(model, x) for model in models]
         assert encodes_during(lambda: [run(model, x) for model in models]) == 0
@@ -266,7 +267,7 @@ def test_switching_between_modules_encodes_nothing() -> None:
 
 
 def test_deepcopy_is_another_model(model: nn.Module, ids: Tensor) -> None:
-    with torch.no_grad(), watching(only_plan=True):
+    with torch.no_grad(), watching("reference"):
         run = compiled(model)
         before = run(ids)
         twin = copy.deepcopy(model)
@@ -282,7 +283,7 @@ def llama() -> Iterator[Any]:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, pad_token_id=0,
         bos_token_id=1, eos_token_id=None,
     )  # fmt: skip
@@ -298,15 +299,17 @@ def test_generate(llama: Any, cache: str) -> None:
     want = plain.generate(prompt, **settings)
     logits = plain(want).logits[0, 4:-1].topk(2).values
     model = copy.deepcopy(llama)
-    assert (logits[:, 0] - logits[:, 1]).min() > 2 * noise_bound(
-        Logits(plain), want, step=STEP
-    ), "a tie: choose another prompt"
-    with watching(only_plan=cache == "dynamic") as trace:
+    assert (logits[:, 0] - logits[:, 1]).min() > 2 * noise_bound(Logits(plain), want, step=STEP), (
+        "a tie: choose another prompt"
+    )
+    with watching("reference" if cache == "dynamic" else "compiled") as trace:
         model.forward = compiled(model.forward)
         got = model.generate(prompt, **settings)
     assert got.tolist() == want.tolist()
     assert trace.contexts
-    assert all(d.quantized for ctx in trace.contexts for d in ctx.plan if d.site.kind in ("linear", "head", "embedding"))
+    assert all(
+        d.quantized for ctx in trace.contexts for d in ctx.plan if d.site.kind in ("linear", "head", "embedding")
+    )
 
 
 class Logits(nn.Module):
@@ -321,7 +324,7 @@ class Logits(nn.Module):
 # --------------------------------------------------------------------------------------------------------- gradients
 def test_weights_that_may_be_trained_stay_float() -> None:
     model, x = MLP(), torch.randn(3, 64)
-    with watching(only_plan=True) as trace, warnings.catch_warnings(record=True) as caught:
+    with watching("reference") as trace, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         y = compiled(model)(x)
     assert torch.equal(y, model(x))
@@ -335,7 +338,7 @@ def test_weights_that_may_be_trained_stay_float() -> None:
 def test_gradient_through_frozen_weights(real: bool) -> None:
     model = MLP(bias=True).requires_grad_(False)
     plain, x = decoded(model), torch.randn(3, 64)
-    with watching(only_plan=not real) as trace:
+    with watching("compiled" if real else "reference") as trace:
         moved = x.clone().requires_grad_()
         y = compiled(model)(moved)
         y.square().sum().backward()
@@ -376,7 +379,7 @@ class Biases(nn.Module):
 @pytest.mark.parametrize("context", [nullcontext, torch.no_grad])
 def test_trained_biases_of_frozen_weights(context: Callable[[], Any]) -> None:
     model, x = Biases(), torch.randn(3, 32)
-    with context(), watching(only_plan=True) as trace:
+    with context(), watching("reference") as trace:
         y = compiled(model)(x)
     plan = trace.contexts[0].plan
     assert all(d.quantized for d in plan)
@@ -398,7 +401,7 @@ def test_fast_guards(model: nn.Module, ids: Tensor) -> None:
     import qcompile
 
     want = planned(model, ids)
-    with torch.no_grad(), watching(only_plan=True) as trace:
+    with torch.no_grad(), watching("reference") as trace:
         run = qcompile.compile(model, fast_guards=True, recipe=RECIPE)
         assert torch.equal(run(ids), want)
         run(torch.randint(0, 128, (2, 6)))
