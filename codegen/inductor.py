@@ -43,8 +43,8 @@ def verdict(spec: MatmulSpec, device: torch.device, x: torch.dtype, extras: Sequ
 def prebuild(gm: fx.GraphModule) -> None:
     """Start building every kernel of a functional graph in the background.
 
-    Inductor compiles one piece of the graph after the other and waits for the compiler each time; by then these are under
-    way or done. It takes the very same files from the code cache.
+    Inductor compiles one piece of the graph after the other and waits for the compiler each time; by then these are
+    under way or done. It takes the very same files from the code cache.
     """
     wanted: dict[str, Kernel] = {}
     for node in gm.graph.nodes:

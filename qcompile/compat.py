@@ -163,7 +163,8 @@ class Fingerprint:
 
     @staticmethod
     def patch(text: str, config: Mapping[str, object]) -> dict[str, object]:
-        """`config` with an entry that carries `text`; a pass of the user's in that place still runs and still counts."""
+        """`config` with an entry that carries `text`; a pass of the user's in that place still runs and still
+        counts."""
         from torch._inductor.custom_graph_pass import CustomGraphPass
 
         class Carrier(CustomGraphPass):
@@ -325,7 +326,8 @@ def cpu_has_vnni() -> bool:
 
 
 def framed(source: str) -> str:
-    """Kernel text as the generated wrapper hands it to the code cache: equal text finds the same built file."""
+    """Kernel text as the generated wrapper hands it to the code cache: equal text finds the same built
+    file."""
     return f"\n{source}\n"
 
 
@@ -474,9 +476,9 @@ def unlimited_recompiles() -> AbstractContextManager[object]:
 def warm_cpp() -> None:
     """Start in the background what Inductor does when it meets the process's first CPU kernel.
 
-    It tries which vector instructions the compiler can build for and precompiles a header: seconds of waiting for the
-    C++ compiler (with an empty cache) that fit into the time the graph is still being traced. Nothing depends on it:
-    an error is raised again, in the foreground, by the first real kernel.
+    It tries which vector instructions the compiler can build for and precompiles a header: seconds of waiting
+    for the C++ compiler (with an empty cache) that fit into the time the graph is still being traced. Nothing
+    depends on it: an error is raised again, in the foreground, by the first real kernel.
     """
     from torch._inductor.codecache import CppPythonBindingsCodeCache
 

@@ -1,8 +1,9 @@
 """`verify=True`: compare every lowered matmul with its plain-torch meaning on the first call.
 
-The functional graph that Inductor was given is interpreted once on the very inputs of the first call.  At each `qmm` the
-generated kernel and the reference run side by side; a difference beyond what the two orders of summation explain is an
-error that names the site, not a warning: it means a kernel, a packed weight or a pass is wrong.
+The functional graph that Inductor was given is interpreted once on the very inputs of the first call. At
+each `qmm` the generated kernel and the reference run side by side; a difference beyond what the two orders of
+summation explain is an error that names the site, not a warning: it means a kernel, a packed weight or a pass
+is wrong.
 """
 
 from __future__ import annotations
@@ -111,7 +112,8 @@ class _Checker(fx.Interpreter):
         names = {f"e{i}": e.double() for i, e in enumerate(shaped)}
         accumulators = {f"a{i}": s for i, s in enumerate(sums)} if spec.paired else {"acc": torch.cat(sums, -1)}
         want = evaluate_epilogue(spec.epilogue, {**accumulators, **names})
-        # Cancellation (residual plus product) is relative to the operands, so the sizes of all operands count.
+        # Cancellation (residual plus product) is relative to the operands, so the sizes of all operands
+        # count.
         size = sum((v.abs() for v in [*accumulators.values(), *names.values()]), want.abs())
         operations = 1 + sum(spec.epilogue.count(c) for c in "+-*/(")
         bound = operations * _PER_OPERATION * size * (1 + size) + _ROUNDOFF[out] * want.abs() + 2.0**-126

@@ -4,11 +4,11 @@
     QCOMPILE_ISA=avx2 python bench/kernels/cpu.py   # the AVX2 kernels, also on a machine with AVX-512
     python bench/kernels/cpu.py --quick --json out.json
 
-Contestants of one shape run interleaved, round after round, and each reports its median: a busy neighbour hits all
-of them alike, so compare ratios inside one table only. Weights are cold: every call takes the next of enough copies
-to exceed the last-level cache. Before anything is timed each kernel's result is compared with a float64 evaluation
-under the bound that `qcompile.codegen.devices.cpu_bounds` derives; a kernel outside of it ends the run with an
-error.
+Contestants of one shape run interleaved, round after round, and each reports its median: a busy neighbour
+hits all of them alike, so compare ratios inside one table only. Weights are cold: every call takes the next
+of enough copies to exceed the last-level cache. Before anything is timed each kernel's result is compared
+with a float64 evaluation under the bound that `qcompile.codegen.devices.cpu_bounds` derives; a kernel outside
+of it ends the run with an error.
 """
 
 from __future__ import annotations

@@ -1,18 +1,20 @@
 """How far a CPU kernel may be from the exact product: bounds derived from its arithmetic, as code.
 
-Tests and benchmarks compare kernels with a float64 evaluation of the same codes, scales and activations. What they may
-differ by is not a chosen tolerance: it is computed here, element by element, from the operations the kernels perform.
+Tests and benchmarks compare kernels with a float64 evaluation of the same codes, scales and activations. What
+they may differ by is not a chosen tolerance: it is computed here, element by element, from the operations the
+kernels perform.
 
 Notation: u = 2^-24 is the unit roundoff of fp32, gamma(n) = n u / (1 - n u) bounds the relative error of n
-roundings (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1), A = sum over k of (size of the
-weight's terms) * |x|.
+roundings (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1), A = sum over k of (size of
+the weight's terms) * |x|.
 
 * digits1 (int8 activation): sums of products are exact integers. Roundings: integer to float, zero point, then one
   multiply-add with the scale (and one with the minimum) per group, the row's scale, its product with the sum.
 * digits2 (16-bit image of x, a scale for each 32 k): |x - step q| <= step (1/2 + 32639 * 3 u) <= 0.51 step with
-  step = absmax / 32639, for the factor 32639 / absmax, its product with x, and step itself are rounded once each.
-  That error meets |w|. Roundings: integer to float, scale times step, and one multiply-add for each 32 k; zero
-  points and minimums add the sum of step times digits (one rounding for each 32 k) and one multiply-add per group.
+  step = absmax / 32639, for the factor 32639 / absmax, its product with x, and step itself are rounded once
+  each. That error meets |w|. Roundings: integer to float, scale times step, and one multiply-add for each 32
+  k; zero points and minimums add the sum of step times digits (one rounding for each 32 k) and one
+  multiply-add per group.
 * float: one multiply-add per k, one per group, the row's scale.
 """
 
@@ -23,7 +25,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qcompile.codegen.devices.cpu_text import arithmetic
+from qcompile.codegen.devices.cpu_text import LONG_GROUP, arithmetic
 from qcompile.codegen.spec import KernelSpec
 from qcompile.ir.matmul import quantize_rows
 from qcompile.ir.packing import BLOCK, unpack_codes, unpack_scales
@@ -40,7 +42,8 @@ def gamma(n: float) -> float:
 
 @dataclass(frozen=True)
 class Expected:
-    """Exact sums before the epilogue, float64 `[m, n]`, and how far a kernel may be from them, elementwise."""
+    """Exact sums before the epilogue, float64 `[m, n]`, and how far a kernel may be from them,
+    elementwise."""
 
     value: torch.Tensor
     bound: torch.Tensor
@@ -74,6 +77,7 @@ def expected(spec: KernelSpec, x: torch.Tensor, parts: Sequence[torch.Tensor], n
     """
     weight, size = weight_terms(spec, parts, n, k)
     blocks, groups = -(-k // BLOCK), -(-k // spec.weight.group_size(k))
+    groups += blocks // LONG_GROUP  # the pieces of a long K
     wide, how = x.float(), arithmetic(spec)
     if spec.act is not None:
         codes, scale = quantize_rows(wide, spec.act)
@@ -92,6 +96,7 @@ def expected(spec: KernelSpec, x: torch.Tensor, parts: Sequence[torch.Tensor], n
         bounded = used.abs()
         if how == "float":
             roundings = spec.weight.group_size(k) + groups + 8
-    # The last term is for results below the normal range, where a rounding costs up to 2^-150 whatever its size.
+    # The last term is for results below the normal range, where a rounding costs up to 2^-150 whatever its
+    # size.
     bound = error + gamma(roundings) * (bounded @ size.T) + (roundings + k) * 2.0**-149
     return Expected(used @ weight.T, bound)

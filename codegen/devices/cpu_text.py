@@ -1,8 +1,9 @@
-"""A CPU kernel's text: constants derived from the spec, then the fragments and templates it needs, then its entry.
+"""A CPU kernel's text: constants derived from the spec, then the fragments and templates it needs, then its
+entry.
 
-The fragments are C++ headers under `codegen/fragments/cpu` and `codegen/templates/cpu` that know neither formats
-nor schemes: a weight is a list of bit planes, a byte table (or none) and an offset, which `WeightCode` derives here
-from the format's levels. Adding a format therefore touches no C++.
+The fragments are C++ headers under `codegen/fragments/cpu` and `codegen/templates/cpu` that know neither
+formats nor schemes: a weight is a list of bit planes, a byte table (or none) and an offset, which
+`WeightCode` derives here from the format's levels. Adding a format therefore touches no C++.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from qcompile.codegen.tuning.cpu import BLOCKING
 from qcompile.ir.formats import Format
 from qcompile.ir.granularity import PerGroup
 from qcompile.ir.packing import BLOCK
-from qcompile.ir.scheme import Scheme
 
 DTYPES = {"f32": ("F32", "float"), "bf16": ("BF16", "uint16_t"), "f16": ("F16", "uint16_t")}
 SCALES = {
@@ -28,6 +28,7 @@ SCALES = {
     "e8m0": ("E8M0", "uint8_t"),
     "pow2": ("POW2", "int8_t"),
 }
+LONG_GROUP = 1024  # blocks summed at a time where all of K has one scale and is too long for one int32 sum
 TARGETS = {
     "avx512vnni": ("__AVX512VNNI__", "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c"),
     "avx2": ("__FMA__", "avx2,fma,f16c"),
@@ -45,11 +46,9 @@ class WeightCode:
     """How packed codes become operands.
 
     Attributes:
-        integer: whether the levels are small integers times a power of two, so that sums of products are exact.
-        table: byte by code ("" when the code itself serves), 16 entries.
-        offset: an integer operand stands for `operand - offset` ...
-        factor: ... times this power of two.
-        top: largest operand.
+        integer: whether the levels are small integers times a power of two, so that sums of products are
+        exact. table: byte by code ("" when the code itself serves), 16 entries. offset: an integer operand
+        stands for `operand - offset` ... factor: ... times this power of two. top: largest operand.
     """
 
     integer: bool
@@ -79,10 +78,12 @@ class WeightCode:
         return WeightCode(False)
 
 
-def group_blocks(scheme: Scheme) -> int:
+def group_blocks(spec: KernelSpec) -> int:
     """Blocks of 32 k per group of weights; 0 when one group spans all of K."""
-    granularity = scheme.granularity
-    return granularity.size // BLOCK if isinstance(granularity, PerGroup) else 0
+    granularity = spec.weight.granularity
+    if isinstance(granularity, PerGroup):
+        return granularity.size // BLOCK
+    return LONG_GROUP if spec.long_k else 0
 
 
 def arithmetic(spec: KernelSpec) -> str:
@@ -116,7 +117,8 @@ def _constants(spec: KernelSpec, isa: str) -> str:
             "OFFSET": code.offset,
             "CODE_TOP": max(code.top, 1),
             "DIGITS": 2 if how == "digits2" else 1,
-            "GB": group_blocks(spec.weight),
+            "SCALES_PER_GROUP": 16 if isinstance(spec.weight.granularity, PerGroup) else 0,
+            "GB": group_blocks(spec),
             "TOP": top or 127,
             "SEGMENTS": spec.segments,
             "MR": blocking.rows,

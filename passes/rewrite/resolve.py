@@ -26,7 +26,6 @@ from qcompile.plan.plan import Decision
 from qcompile.plan.recipe import Choice
 from qcompile.plan.site import Site
 
-
 PACKED = "packed by convert"
 
 

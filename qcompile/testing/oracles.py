@@ -37,7 +37,7 @@ def float_level(fmt: Format, code: int) -> Fraction | None:
     bias = 2 ** (fmt.exponent - 1) - 1
     significand = Fraction(int(fraction, 2), 2**fmt.mantissa)
     exponent = int(field, 2)
-    value = (significand if exponent == 0 else 1 + significand) * Fraction(2) ** (max(exponent, 1) - bias)
+    value: Fraction = (significand if exponent == 0 else 1 + significand) * Fraction(2) ** (max(exponent, 1) - bias)
     return -value if sign == "1" else value
 
 

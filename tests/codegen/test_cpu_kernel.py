@@ -1,7 +1,7 @@
 """CPU kernels against the exact product, over formats, shapes, strides, dtypes and instruction sets.
 
-Every bound is computed by `qcompile.codegen.devices.cpu_bounds` from the kernel's own arithmetic. One kernel is
-built per (spec, instruction set) and then meets many shapes, since a build takes seconds and a call takes
+Every bound is computed by `qcompile.codegen.devices.cpu_bounds` from the kernel's own arithmetic. One kernel
+is built per (spec, instruction set) and then meets many shapes, since a build takes seconds and a call takes
 microseconds.
 """
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from qcompile.codegen.devices.cpu import ISAS, CpuLowering, detect_isa, run
 from qcompile.codegen.devices.cpu_bounds import expected
-from qcompile.codegen.spec import KernelSpec
+from qcompile.codegen.spec import LONG_K, KernelSpec
 from qcompile.ir.codec import quantize
 from qcompile.ir.matmul import MatmulSpec, quantize_rows, reference_qmm
 from qcompile.ir.packing import pack_codes, pack_scales, unpack_codes
@@ -93,7 +93,8 @@ def test_product(spec: KernelSpec, isa: str, m: int, n: int, k: int, exponent: i
 @pytest.mark.parametrize("isa", RUNNABLE)
 @pytest.mark.parametrize("weight_scheme", ["int8/axis0", "uint5/axis0:fp32+z", "int4/tensor"])
 def test_int8_sums_are_exact(weight_scheme: str, isa: str) -> None:
-    """With one fp32 scale per row of the weight, the result is the integer sum and two roundings: bit for bit."""
+    """With one fp32 scale per row of the weight, the result is the integer sum and two roundings: bit for
+    bit."""
     spec = spec_of(weight_scheme, "int8/token")
     for m, n, k in ((1, 20, 31), (5, 33, 2100), (27, 16, 260)):
         torch.manual_seed(m)
@@ -109,7 +110,8 @@ def test_int8_sums_are_exact(weight_scheme: str, isa: str) -> None:
 @pytest.mark.parametrize("isa", RUNNABLE)
 @pytest.mark.parametrize("act", ["", "int8/token"])
 def test_extreme_codes_do_not_saturate(act: str, isa: str) -> None:
-    """Largest codes against largest activations: where 16-bit sums would overflow or 8-bit products saturate."""
+    """Largest codes against largest activations: where 16-bit sums would overflow or 8-bit products
+    saturate."""
     for name in ("int4/g32:fp16", "int8/axis0"):
         spec = spec_of(name, act)
         bits, n, k = spec.weight.format.bits, 16, 512
@@ -120,6 +122,21 @@ def test_extreme_codes_do_not_saturate(act: str, isa: str) -> None:
             for x in (torch.full((3, k), 3.0), torch.full((20, k), -3.0)):
                 want = expected(spec, x, parts, n, k)
                 assert ((run(spec, x, parts, [], n, k, isa) - want.value).abs() <= want.bound).all()
+
+
+@pytest.mark.parametrize("isa", RUNNABLE)
+def test_a_long_k_does_not_overflow(isa: str) -> None:
+    """Largest codes and activations beyond the K where their int32 sum would overflow."""
+    n, k = 16, 2 * LONG_K + 70
+    what = MatmulSpec(Scheme.parse("uint8/axis0:fp32+z"), (n,), k, Scheme.parse("int8/token"))
+    spec = KernelSpec.of(what, "f32", "f32")
+    parts = [pack_codes(torch.full((n, k), 255, dtype=torch.uint8), 8)]
+    parts += [pack_scales(torch.ones(n, 1)), pack_scales(torch.zeros(n, 1, dtype=torch.uint8))]
+    for m in (1, 14):
+        x = torch.full((m, k), 2.0)
+        want = expected(spec, x, parts, n, k)
+        assert 255.0 * 127 * k > 2**31
+        assert ((run(spec, x, parts, [], n, k, isa) - want.value).abs() <= want.bound).all()
 
 
 @pytest.mark.parametrize("isa", RUNNABLE)
@@ -167,14 +184,16 @@ def test_segments_extras_and_dtypes(dtype: str, isa: str) -> None:
         want = acc * 0.5 + extras[0].double() - extras[1].double()
         size = acc.abs() + extras[0].abs() + extras[1].double().abs()
         assert y.dtype == torch_dtype
-        # the sums' bound, three roundings to fp32 of the epilogue, one to the result's dtype (2^-25: half's subnormals)
+        # the sums' bound, three roundings to fp32 of the epilogue, one to the result's dtype (2^-25: half's
+        # subnormals)
         allowed = bound + 3 * 2.0**-24 * (size + bound)
         assert ((y.double() - want).abs() <= allowed + unit * (want.abs() + allowed) + 2.0**-25).all()
 
 
 @pytest.mark.parametrize("isa", RUNNABLE)
 def test_pair_epilogue(isa: str) -> None:
-    """silu(a0) * a1: |silu'| < 1.1, so the error is at most 1.1 |a1| b0 + |silu(a0)| b1 + 1.1 b0 b1 and roundings."""
+    """silu(a0) * a1: |silu'| < 1.1, so the error is at most 1.1 |a1| b0 + |silu(a0)| b1 + 1.1 b0 b1 and
+    roundings."""
     what = MatmulSpec(Scheme.parse("int8/axis0"), (37, 37), 96, Scheme.parse("int8/token"), "silu(a0)*a1+e0", ("mat",))
     for m in (1, 3, 26):
         x, extra = torch.randn(m, 96), torch.randn(m, 37)

@@ -36,6 +36,8 @@ def test_every_field_is_in_the_key() -> None:
         KernelSpec(INT4, extras=(("row", "bf16"),)),
         KernelSpec(INT4, x="bf16"),
         KernelSpec(INT4, y="f16"),
+        KernelSpec(Scheme.parse("int4/axis0")),
+        KernelSpec(Scheme.parse("int4/axis0"), long_k=True),
     ]
     assert len({str(s) for s in specs}) == len(specs)
     sources = {CpuLowering("portable").emit(s).source for s in specs}

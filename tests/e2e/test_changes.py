@@ -73,15 +73,16 @@ def _step(make: Callable[..., torch.optim.Optimizer], **settings: object) -> Cha
     return step
 
 
+ALL = 9 + 2
 CHANGES: dict[str, tuple[Change, int]] = {  # the change, and how many weights or constants it makes stale
     "copy_": (_copy, 1),
     "merged bias": (_bias, 1),
-    "load_state_dict": (lambda m: m.load_state_dict(_fresh_state(m)), 9),
-    "assign": (lambda m: m.load_state_dict(_fresh_state(m), assign=True), 9),
+    "load_state_dict": (lambda m: m.load_state_dict(_fresh_state(m)), ALL),
+    "assign": (lambda m: m.load_state_dict(_fresh_state(m), assign=True), ALL),
     "data": (_data, 1),
     "data, many times": (_data_twice, 1),
     "another parameter": (_replaced, 1),
-    "behind the back": (_behind_the_back, 9),
+    "behind the back": (_behind_the_back, ALL),
     "through numpy": (_through_numpy, 1),
     "sgd": (_step(torch.optim.SGD), 1),
     "sgd fused": (_step(torch.optim.SGD, fused=True), 1),
@@ -92,8 +93,9 @@ CHANGES: dict[str, tuple[Change, int]] = {  # the change, and how many weights o
 
 
 def tiny() -> nn.Module:
-    """Merged q/k/v and gate/up with biases, and a tied table: 8 weights. Two joined biases."""
-    return TinyLM(layers=1, bias=True).eval()
+    """Nine weights, q/k/v and gate/up merged with joined biases. (Untied: `assign=True` would untie a table, and that
+    changes what Dynamo has to guard.)"""
+    return TinyLM(layers=1, bias=True, tied=False).eval()
 
 
 def apply(change: Change, model: nn.Module) -> None:
@@ -104,8 +106,6 @@ def apply(change: Change, model: nn.Module) -> None:
 @pytest.mark.parametrize("name", CHANGES)
 def test_next_call_equals_a_fresh_compile(name: str) -> None:
     change, stale = CHANGES[name]
-    if name in ("load_state_dict", "assign", "behind the back"):
-        stale = 8 + 2
     model, ids = tiny(), torch.randint(0, 128, (2, 5))
     with torch.no_grad(), watching("reference") as trace:
         run = compiled(model)

@@ -110,8 +110,8 @@ def test_normal_parameters_next_to_inference_ones() -> None:
         assert torch.equal(run(x), planned(copy.deepcopy(model), x))
 
 
-# A bf16 graph rounds to 8 bits: every Linear stands between at most four pointwise operations (norm, activation, product,
-# residual), each half a unit of 2^-8.
+# A bf16 graph rounds to 8 bits: every Linear stands between at most four pointwise operations (norm, activation,
+# product, residual), each half a unit of 2^-8.
 HALF_STEPS = {torch.bfloat16: 4 * 2.0**-9, torch.float16: 4 * 2.0**-12}
 
 

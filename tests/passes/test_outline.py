@@ -265,7 +265,7 @@ def test_one_and_true_and_float_one_are_different_constants() -> None:
     x = b.input()
     for scalar in (1, 1.0, True, 1, 1.0, True):
         x = b.call(aten.relu.default, b.call(aten.mul.Tensor, x, scalar))
-    assert len({n for n in _tokens(b.module(x), aten.mul.Tensor)}) == 3
+    assert len(set(_tokens(b.module(x), aten.mul.Tensor))) == 3
 
 
 def _tokens(gm: fx.GraphModule, target: Any) -> list[int]:
@@ -326,7 +326,7 @@ def test_a_tuple_never_crosses_a_border() -> None:
                 assert not isinstance(value(node), tuple | list)
 
 
-# ---------------------------------------------------------------------------------------------------- what inner is told
+# -------------------------------------------------------------------------------------------------- what inner is told
 def test_options_reach_every_segment_and_static_inputs_are_renumbered() -> None:
     gm, inputs = _stack(*[["linear", "relu"]] * 4)
     weights = list(range(1, len(inputs)))

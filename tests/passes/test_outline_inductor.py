@@ -1,8 +1,8 @@
 """Outlining with Inductor as the compiler: exact results, caches, shapes that change, random numbers.
 
-Results are compared for equality, never with a tolerance. Where the reference is eager, all values are small integers,
-which floating point adds and multiplies exactly. Where it is unrolled Inductor, the generated code is scalar and runs in
-one thread: there is then one order of summation, however the kernels are fused, and equal inputs give equal bits.
+Results are compared for equality, never with a tolerance. Where the reference is eager, all values are small
+integers, which floating point adds and multiplies exactly. Where it is unrolled Inductor, the generated code is scalar
+and runs in one thread: there is then one order of summation, however the kernels are fused, and equal inputs give equal bits.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ class Noise(nn.Module):
 
 
 def test_random_numbers_are_those_of_the_unrolled_graph() -> None:
-    """Same seed, same numbers, whether or not blocks are merged: the generator is read as often and in the same order."""
+    """Same seed, same numbers, merged blocks or not: the generator is read as often and in the same order."""
     x, results = torch.ones(64, 8), []
     for reports in (None, list[OutlineReport]()):
         torch.compiler.reset()

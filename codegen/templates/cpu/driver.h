@@ -51,9 +51,10 @@ INL Rows moved(Rows rows, int64_t block, int R) {
   return rows;
 }
 INL Span span_of(const Problem& p, const Segment& s, int64_t panel, Rows rows, int R, int64_t from, int64_t to) {
-  int64_t group = GB ? from / (GB ? GB : 1) : 0;
-  return {s.codes + (panel * p.blocks + from) * Packed::BYTES, s.scale + (panel * p.groups + group) * 16,
-          s.zero + (ZERO == Zero::NONE ? 0 : (panel * p.groups + group) * 16), moved(rows, from, R), to - from, from == 0};
+  const int64_t group = GB ? from / (GB ? GB : 1) : 0;
+  const int64_t scale = SCALES_PER_GROUP ? (panel * p.groups + group) * 16 : panel * 16;
+  return {s.codes + (panel * p.blocks + from) * Packed::BYTES, s.scale + scale, s.zero + (ZERO == Zero::NONE ? 0 : scale),
+          moved(rows, from, R), to - from, from == 0};
 }
 
 // Rows m .. m + count of one unit: c[i] holds R x 16 sums of the unit's i-th panel.

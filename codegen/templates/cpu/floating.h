@@ -78,7 +78,7 @@ static __attribute__((noinline)) void multiply(const Span& span, float* c) {
       UNROLL for (int u = 1; u < U; u++) sum = fadd(sum, acc[r][u]);
       y[r] = fma(sum, s, y[r]);
     }
-    scale += 16;
+    scale += SCALES_PER_GROUP;
   }
   UNROLL for (int r = 0; r < R; r++) fstore(c + r * 16, y[r]);
 }

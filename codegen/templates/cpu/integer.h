@@ -97,7 +97,7 @@ static __attribute__((noinline)) void multiply(const Span& span, float* c) {
         }
       }
       if constexpr (ZERO == Zero::MINIMUM && !SINGLE) UNROLL for (int r = 0; r < R; r++) y[r] = fma(z, fset(sums[r]), y[r]);
-      sums += R, scale += 16, zero += 16;
+      sums += R, scale += SCALES_PER_GROUP, zero += SCALES_PER_GROUP;
     }
     UNROLL for (int r = 0; r < R; r++) fstore(c + r * 16, y[r]);
   }

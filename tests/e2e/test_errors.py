@@ -1,0 +1,130 @@
+"""Bad input: one `QCError` with a place and a next step, raised as itself and not wrapped by Dynamo."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qcompile import QCError, QCWarning, explain
+from qcompile.backend import watching
+from qcompile.conversion import convert
+from tests.e2e.support import compiled, decoded, fp32_step, noise_bound
+
+
+def model(k: int = 64) -> nn.Module:
+    return nn.Sequential(nn.Linear(k, 16), nn.ReLU(), nn.Linear(16, 8)).eval()
+
+
+def with_nan() -> nn.Module:
+    bad = model()
+    bad[2].weight.data[3, 4] = float("nan")
+    return bad
+
+
+class Integers(nn.Module):
+    """A lookup table of integers and a product with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.arange(64).reshape(8, 8), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.w)
+
+
+X = torch.randn(2, 64)
+ERRORS: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, Any], str, list[str]]] = {
+    "preset": (model, X, {"recipe": "itn4"}, "recipe.unknown", ["itn4", "did you mean 'int4'?"]),
+    "format": (model, X, {"recipe": "itn4/g32:fp16"}, "scheme.unknown-format", ["itn4", "'int4'"]),
+    "granularity": (model, X, {"recipe": "int4/k32:fp16"}, "scheme.granularity", ["k32"]),
+    "file": (model, X, {"recipe": "missing.json"}, "recipe.file", ["missing.json"]),
+    "option": (model, X, {"stritc": True}, "options.unknown", ["stritc", "did you mean 'strict'?"]),
+    "pass": (model, X, {"passes": {"drop": ["mergee"]}}, "passes.unknown", ["did you mean 'merge'?"]),
+    "ragged": (
+        lambda: model(40), torch.randn(2, 40), {"recipe": "int4/g32:fp16", "strict": True}, "scheme.ragged",
+        ["0.weight", "K=40", "g32", "group that divides 40"],
+    ),
+    "nan": (with_nan, X, {"recipe": "int8"}, "codec.nonfinite-weight", ["2.weight", "[3, 4]", "nan"]),
+    "nan, measured": (with_nan, X, {"recipe": "auto"}, "codec.nonfinite-weight", ["2.weight", "[3, 4]"]),
+    "integers": (
+        Integers, torch.ones(2, 8, dtype=torch.int64), {"recipe": "int8", "strict": True}, "site.refused",
+        ["w", "int64"],
+    ),
+    "no kernel": (model, X, {"recipe": "int8/axis1:fp32", "strict": True}, "kernel.none", ["0.weight", "axis1"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_error(name: str) -> None:
+    make, x, options, code, texts = ERRORS[name]
+    torch.manual_seed(0)
+    options = {"recipe": "int8", **options}
+    with torch.no_grad(), pytest.raises(QCError) as caught:
+        compiled(make(), **options)(x)
+    assert type(caught.value) is QCError
+    assert caught.value.code == code, str(caught.value)
+    for text in texts:
+        assert text in str(caught.value)
+    assert caught.value.next or caught.value.why, "neither a reason nor a next step"
+    # `explain` plans the same way, so it raises the same.
+    recipe = options.pop("recipe")
+    with pytest.raises(QCError) as again:
+        explain(make(), x, recipe=recipe, options=options)
+    assert again.value.code == code
+
+
+def test_convert_raises_the_same() -> None:
+    with pytest.raises(QCError, match=r"2\.weight: index \[3, 4\]"):
+        convert(with_nan(), "auto")
+    with pytest.raises(QCError, match=r"K=40") as caught:
+        convert(model(40), "int4", strict=True)
+    assert (caught.value.code, caught.value.where) == ("scheme.ragged", "0.weight")
+    assert len(convert(model(40), "int4").weights) == 2
+
+
+def test_integers_run_as_they_are_when_not_strict() -> None:
+    x = torch.arange(16).reshape(2, 8)
+    with torch.no_grad(), watching("reference") as trace:
+        assert torch.equal(compiled(Integers())(x), Integers()(x))
+    assert [d.reason for d in trace.contexts[0].plan] == ["the weight has dtype torch.int64"]
+
+
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One warning for the whole process, the reference operators, the right result."""
+    from qcompile import backend, compat
+
+    monkeypatch.setattr(compat, "cpp_compiler", lambda: None)
+    backend._warn_no_compiler.cache_clear()
+    net = model()
+    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run = compiled(net)
+        got = run(X)
+        compiled(model(32))(torch.randn(2, 32))
+    assert [w.category for w in caught if "compiler" in str(w.message)] == [QCWarning]
+    plain = decoded(net)
+    assert (got - plain(X)).abs().max() <= noise_bound(plain, X, step=fp32_step(64))
+
+
+def test_a_recipe_file_that_is_none(tmp_path: Path) -> None:
+    from qcompile import Recipe
+
+    for text in (
+        "[]",
+        "3",
+        '{"version": 1}',
+        '{"version": 9, "rules": []}',
+        "{",
+        '{"version": 1, "rules": [{"wieght": 0}]}',
+    ):
+        file = tmp_path / "recipe.json"
+        file.write_text(text)
+        with pytest.raises(QCError) as caught:
+            Recipe.of(file)
+        assert caught.value.code in ("recipe.version", "recipe.file", "recipe.rule"), text

@@ -1,0 +1,143 @@
+"""Recipes as data: order, matchers, JSON, presets."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from qcompile.errors import QCError
+from qcompile.ir.scheme import Scheme
+from qcompile.plan.plan import Decision, Plan
+from qcompile.plan.recipe import PRESETS, Recipe, Rule, sqnr_db
+from qcompile.plan.site import Site
+
+INT8, INT4, ACT = (Scheme.parse(s) for s in ("int8/axis0:fp32", "uint4/g32:fp16+m", "int8/token:fp32"))
+SITE = Site(0, "linear", "layers.3.mlp.up.weight", "model.py:12", 96, 64, 5, 2 * 96 * 64 * 5, "float32")
+
+
+def test_first_match_wins() -> None:
+    recipe = Recipe(
+        (
+            Rule(None, path="*.down.weight"),
+            Rule(INT4, ACT, path="layers.3.*"),
+            Rule(INT8, kind=("head",)),
+            Rule(INT8, min_weights=96 * 64),
+            Rule(INT4),
+        )
+    )
+    cases = {
+        1: SITE,
+        0: replace(SITE, path="layers.3.mlp.down.weight"),
+        2: replace(SITE, path="lm_head.weight", kind="head"),
+        3: replace(SITE, path="layers.4.mlp.up.weight"),
+        4: replace(SITE, path="layers.4.mlp.up.weight", k=63),
+    }
+    for rule, site in cases.items():
+        choice = recipe.resolve(site)
+        assert (choice.rule, choice.weight) == (rule, recipe.rules[rule].weight)
+    assert recipe.resolve(cases[0]).reason == "rule 0 keeps it float"
+    assert recipe.unused([recipe.resolve(cases[0]), recipe.resolve(cases[4])]) == list(recipe.rules[1:4])
+
+
+def test_no_match_stays_float_with_a_reason() -> None:
+    choice = Recipe((Rule(INT4, path="other.*"),), "mine").resolve(SITE)
+    assert (choice.weight, choice.rule) == (None, -1)
+    assert "'mine'" in choice.reason
+
+
+def test_lookups_have_no_activation_scheme() -> None:
+    recipe = Recipe((Rule(INT8, ACT),))
+    assert recipe.resolve(SITE).act == ACT
+    assert recipe.resolve(replace(SITE, kind="embedding")).act is None
+
+
+def test_min_sqnr_looks_at_the_weight() -> None:
+    recipe = Recipe((Rule(INT4, min_sqnr=30.0), Rule(INT8)))
+    generator = torch.Generator().manual_seed(0)
+    gaussian = torch.randn(96, 64, generator=generator)
+    grid = torch.randint(0, 16, (96, 64), generator=generator).float()  # exact in four bits with a minimum
+    assert sqnr_db(gaussian, INT4) < 30 < sqnr_db(gaussian, INT8)
+    passed = recipe.resolve(SITE, lambda: gaussian)
+    assert (passed.rule, passed.weight) == (1, INT8)
+    assert "30" in passed.reason
+    assert recipe.resolve(SITE, lambda: grid).rule == 0
+
+
+def test_sqnr() -> None:
+    assert sqnr_db(torch.ones(4, 32), INT8) == math.inf
+    assert sqnr_db(torch.zeros(4, 32), INT8) == math.inf
+    w = torch.randn(64, 64, dtype=torch.float64)
+    # Uniform noise of one step, s = absmax / 127: 10 log10(12 * mean w^2 / mean s^2), rows of a Gaussian about 42 dB;
+    # rounding is uniform to within the spread of 4096 samples: 10 log10(1 +- 4 * sqrt(0.8 / 4096)) = +- 0.25 dB.
+    step = w.abs().amax(1) / 127
+    want = 10 * math.log10(12 * float(w.square().mean() / step.square().mean()))
+    assert abs(sqnr_db(w.float(), INT8) - want) < 0.25
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_data(name: str, tmp_path: Path) -> None:
+    recipe = Recipe.of(name)
+    assert recipe.name == name
+    assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
+    file = tmp_path / f"{name}.json"
+    file.write_text(json.dumps(recipe.to_json()))
+    for spelling in (file, str(file)):
+        assert Recipe.of(spelling) == recipe
+        assert Recipe.of(spelling).fingerprint() == recipe.fingerprint()
+
+
+def test_every_field_survives_json() -> None:
+    rule = Rule(INT4, ACT, "a.*", ("linear", "bmm"), 1000, 25.0)
+    assert rule.to_json() == {
+        "weight": str(INT4), "act": str(ACT), "path": "a.*", "kind": ["linear", "bmm"], "min_weights": 1000,
+        "min_sqnr": 25.0,
+    }  # fmt: skip
+    assert Rule.from_json(rule.to_json()) == rule
+    assert Rule.from_json({"weight": None}) == Rule(None)
+    assert Recipe((rule,)).fingerprint() != Recipe((replace(rule, min_sqnr=26.0),)).fingerprint()
+
+
+def test_spellings() -> None:
+    assert Recipe.of(str(INT4)).rules == (Rule(INT4),)
+    assert Recipe.of(INT4).rules == (Rule(INT4),)
+    assert Recipe.of(f"{INT4} {ACT}").rules == (Rule(INT4, ACT),)
+    recipe = Recipe((Rule(INT4),))
+    assert Recipe.of(recipe) is recipe
+
+
+@pytest.mark.parametrize(
+    ("value", "code", "text"),
+    [
+        ("int44", "recipe.unknown", "did you mean 'int4'?"),
+        (3.5, "recipe.unknown", "float"),
+        (f"{INT4} {ACT} {ACT}", "recipe.unknown", "more than"),
+        ("int8/axis0:fp33", "scheme", "fp33"),
+    ],
+)
+def test_refused(value: object, code: str, text: str) -> None:
+    with pytest.raises(QCError) as caught:
+        Recipe.of(value)
+    assert caught.value.code.startswith(code)
+    assert text in str(caught.value)
+
+
+def test_rules_are_checked() -> None:
+    with pytest.raises(QCError, match="did you mean 'linear'"):
+        Rule(INT4, kind=("liner",))
+    with pytest.raises(QCError, match="did you mean 'weight'"):
+        Rule.from_json({"wieght": "int4/g32:fp16"})
+
+
+def test_coverage_counts_flops() -> None:
+    plan = Plan({i: Decision(replace(SITE, index=i, flops=flops)) for i, flops in enumerate((300, 100, 0))})
+    assert plan.coverage == 0
+    plan.update(0, weight=INT8)
+    assert plan.coverage == 0.75
+    plan.keep_float(0, "why")
+    assert (plan.coverage, plan.decisions[0].reason) == (0, "why")
+    assert Plan().coverage == 1.0
