@@ -119,7 +119,7 @@ def _describe(value: object, seen: set[int]) -> str:
         return f"{value.co_code!r} {value.co_names} {[_describe(item, seen) for item in value.co_consts]}"
     if not isinstance(value, FunctionType):
         return repr(value)
-    if id(value) in seen or value.__module__.partition(".")[0] in ("torch", "qcompile"):
+    if id(value) in seen or (value.__module__ or "").partition(".")[0] in ("torch", "qcompile"):
         return value.__qualname__
     seen.add(id(value))
     code = value.__code__

@@ -171,6 +171,12 @@ class Recipe:
             if "/" in value:
                 # "weight", "weight activation" or, as the ledger prints it, "weight x activation".
                 weight, *act = (word for word in value.split() if word != "x")
+                if len(act) > 1:
+                    raise QCError(
+                        "recipe.unknown",
+                        f"recipe {value!r} names more than two schemes",
+                        next="write 'weight' or 'weight activation'",
+                    )
                 return _uniform(Scheme.parse(weight), Scheme.parse(act[0]) if act else None, value)
             raise QCError(
                 "recipe.unknown",

@@ -7,6 +7,8 @@ microseconds.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from qcompile.codegen.devices.cpu import ISAS, CpuLowering, detect_isa, run
 from qcompile.codegen.devices.cpu_bounds import expected
 from qcompile.codegen.spec import LONG_K, KernelSpec
+from qcompile.compat import load_cpp_kernel
 from qcompile.ir.codec import quantize
 from qcompile.ir.matmul import MatmulSpec, quantize_rows, reference_qmm
 from qcompile.ir.packing import pack_codes, pack_scales, unpack_codes
@@ -58,6 +61,23 @@ CASES = [(s, isa) for s in SPECS for isa in RUNNABLE if isa != "portable"]
 CASES += [(s, "portable") for s in SPECS[::2]] + [(s, RUNNABLE[0]) for s in MORE_SPECS]
 CASES = list(dict.fromkeys(CASES))
 IDS = [f"{isa}-{s}".replace(" ", "_") for s, isa in CASES]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built(request: pytest.FixtureRequest) -> None:
+    """Build what the selected tests need with all cores; each test then finds its kernel in the code cache."""
+    wanted = set()
+    for item in request.session.items:
+        params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        if item.path == request.path and {"spec", "isa"} <= params.keys():
+            wanted.add((params["spec"], params["isa"]))
+
+    def build(case: tuple[KernelSpec, str]) -> None:
+        kernel = CpuLowering(case[1]).emit(case[0])
+        load_cpp_kernel(kernel.argtypes, kernel.source, kernel.flags)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(build, wanted))
 
 
 def weight(n: int, k: int, seed: int) -> torch.Tensor:

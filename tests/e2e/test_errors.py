@@ -42,7 +42,7 @@ X = torch.randn(2, 64)
 ERRORS: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, Any], str, list[str]]] = {
     "preset": (model, X, {"recipe": "itn4"}, "recipe.unknown", ["itn4", "did you mean 'int4'?"]),
     "format": (model, X, {"recipe": "itn4/g32:fp16"}, "scheme.unknown-format", ["itn4", "'int4'"]),
-    "granularity": (model, X, {"recipe": "int4/k32:fp16"}, "scheme.granularity", ["k32"]),
+    "granularity": (model, X, {"recipe": "int4/k32:fp16"}, "scheme.unknown-granularity", ["k32", "did you mean 'g32'?"]),
     "file": (model, X, {"recipe": "missing.json"}, "recipe.file", ["missing.json"]),
     "option": (model, X, {"stritc": True}, "options.unknown", ["stritc", "did you mean 'strict'?"]),
     "pass": (model, X, {"passes": {"drop": ["mergee"]}}, "passes.unknown", ["did you mean 'merge'?"]),

@@ -2,7 +2,8 @@
 
 Results are compared for equality, never with a tolerance. Where the reference is eager, all values are small
 integers, which floating point adds and multiplies exactly. Where it is unrolled Inductor, the generated code is scalar
-and runs in one thread: there is then one order of summation, however the kernels are fused, and equal inputs give equal bits.
+and runs in one thread: there is then one order of summation, however the kernels are fused, and equal inputs give
+equal bits.
 """
 
 from __future__ import annotations

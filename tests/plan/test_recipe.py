@@ -115,7 +115,7 @@ def test_spellings() -> None:
     [
         ("int44", "recipe.unknown", "did you mean 'int4'?"),
         (3.5, "recipe.unknown", "float"),
-        (f"{INT4} {ACT} {ACT}", "recipe.unknown", "more than"),
+        (f"{INT4} {ACT} {ACT}", "recipe.unknown", "more than two"),
         ("int8/axis0:fp33", "scheme", "fp33"),
     ],
 )

@@ -1,0 +1,300 @@
+"""Float weights given up: eager and every backend, state dicts, files, memory."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qcompile import QCError, convert, explain, load, save
+from qcompile.backend import watching
+from qcompile.conversion import PackedWeight, packed_weights
+from tests.e2e.models import TinyLM
+from tests.e2e.support import FLOAT, RECIPE, compiled, decoded, encodes_during, fp32_step, noise_bound
+
+IDS = torch.randint(0, 128, (2, 5), generator=torch.Generator().manual_seed(1))
+
+
+def packed(recipe: str = RECIPE, **settings: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model = TinyLM(layers=1, **settings).eval()
+    convert(model, recipe)
+    return model
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, "uint4/g32:fp16+m", "nf4/g64:fp16"])
+def test_eager_computes_what_the_codes_mean(recipe: str) -> None:
+    torch.manual_seed(0)
+    model = TinyLM(layers=1, bias=True).eval()
+    plain, size = decoded(model, recipe), sum(p.numel() * 4 for p in model.parameters() if p.dim() == 2)
+    report = convert(model, recipe)
+    with torch.no_grad():
+        assert torch.equal(model(IDS), plain(IDS))
+        assert torch.equal(torch.compile(model, backend="aot_eager")(IDS), plain(IDS))
+    assert report.bytes_before == size
+    assert report.bytes_after == sum(b.numel() * b.element_size() for b in {id(b): b for b in model.buffers()}.values())
+    assert len(report.weights) == 9
+    assert not report.kept
+    assert {p.dim() for p in model.parameters()} == {1}
+    assert not convert(model, recipe).weights, "a second convert finds nothing to do"
+
+
+def test_tied_weights_share_one_copy() -> None:
+    model = packed()
+    parts = [[getattr(m.parametrizations.weight, f"original{i}") for i in (0, 1)] for m in (model.embed, model.head)]
+    assert all(a is b for a, b in zip(*parts, strict=True))
+    model.embed.weight = torch.randn(128, 64)
+    assert torch.equal(model.head.weight, model.embed.weight)
+
+
+def test_conv1d() -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    model, x = nn.Sequential(Conv1D(48, 64)).eval(), torch.randn(3, 64)
+    want = model(x)
+    convert(model, RECIPE)
+    assert model[0].weight.shape == (64, 48)
+    # half a step of 8 bits of every weight: absmax / 254
+    step = (x.abs().sum(-1).max() * model[0].weight.abs().max() * 1.01 / 254).item()
+    assert (model(x) - want).abs().max() <= step
+    with torch.no_grad(), watching("reference") as trace:
+        got = compiled(model)(x)
+    assert trace.contexts[0].plan.coverage == 1
+    assert (got - model(x)).abs().max() <= 2 * 72 * FLOAT * float(x.abs().sum(-1).max() * model[0].weight.abs().max())
+
+
+def test_state_dict_is_packed_and_loads() -> None:
+    model, twin = packed(), packed()
+    with torch.no_grad():
+        for module in twin.modules():
+            if isinstance(getattr(module, "weight", None), Tensor):
+                module.weight = torch.randn_like(module.weight)
+        state = model.state_dict()
+        assert not any(key.endswith(".weight") for key in state)
+        assert not torch.equal(twin(IDS), model(IDS))
+        twin.load_state_dict(state)
+        assert torch.equal(twin(IDS), model(IDS))
+        assert torch.equal(copy.deepcopy(model)(IDS), model(IDS))
+
+
+def test_backend_runs_on_the_packed_buffers(tmp_path: Path) -> None:
+    """No weight-sized float tensor in the generated code, no copy in the store."""
+    from torch._inductor.utils import run_and_get_code
+
+    model = packed()
+    plain = decoded(TinyLM(layers=1).eval())
+    with torch.no_grad(), watching() as trace:
+        want = model(IDS)
+        got, codes = run_and_get_code(compiled(model), IDS)
+        assert encodes_during(lambda: compiled(model)(IDS)) == 0
+    plan = trace.contexts[0].plan
+    assert all(d.quantized for d in plan if d.site.kind != "attention")
+    assert [d.group for d in plan if d.site.kind == "linear"][:3] == [0, 0, 0]
+    code = "\n".join(codes)
+    assert "qcompile_qmm" in code
+    assert "qcompile.decode" not in code
+    for n, k in {(64, 64), (32, 64), (96, 64), (64, 96), (128, 64)}:
+        assert f"(({n}, {k})" not in code, f"a float [{n}, {k}] is allocated"
+    assert (got - want).abs().max() <= noise_bound(plain, IDS, step=fp32_step(96))
+    found = explain(model, IDS, recipe=RECIPE)
+    assert found.bytes_after == sum(b.numel() * b.element_size() for b in {id(b): b for b in model.buffers()}.values())
+
+
+def test_assigning_a_weight_encodes_it() -> None:
+    model, x = nn.Sequential(nn.Linear(64, 32)).eval(), torch.randn(3, 64)
+    convert(model, RECIPE)
+    with torch.no_grad(), watching("reference") as trace:
+        run = compiled(model)
+        before = run(x)
+        w = torch.randn(32, 64)
+        model[0].weight = w
+        after = run(x)
+        plain = nn.Linear(64, 32)
+        plain.weight.data, plain.bias = w, model[0].bias
+        assert torch.equal(model(x), decoded(plain)(x))
+        assert not torch.equal(before, after)
+        assert (after - model(x)).abs().max() <= noise_bound(decoded(plain), x, step=72 * FLOAT)
+        assert len(trace.contexts) == 1
+        with pytest.raises(QCError, match="nan"):
+            model[0].weight = torch.full((32, 64), float("nan"))
+
+
+class Pieces(nn.Module):
+    """Views of packed weights, one of which does not begin with a panel of 16 rows."""
+
+    def __init__(self, first: int) -> None:
+        super().__init__()
+        self.one, self.two, self.first = nn.Linear(32, 48, bias=False), nn.Linear(32, 48, bias=False), first
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        linear = nn.functional.linear
+        a = linear(x, self.one.weight[self.first :])
+        return a, linear(x, self.two.weight[self.first : self.first + 16]), linear(x, self.two.weight[:16])
+
+
+@pytest.mark.parametrize("first", [0, 16, 32, 8])
+@pytest.mark.parametrize("scheme", [RECIPE, RECIPE + "@rows"])
+def test_views_of_packed_weights(first: int, scheme: str) -> None:
+    model, x = Pieces(first).eval(), torch.randn(3, 32)
+    convert(model, scheme)
+    with torch.no_grad(), watching("reference") as trace:
+        got, want = compiled(model)(x), model(x)
+    cut = scheme == RECIPE and first % 16 != 0
+    assert [d.quantized for d in trace.contexts[0].plan] == [not cut, not cut, True]
+    for a, b in zip(got, want, strict=True):
+        assert (a - b).abs().max() <= 2 * 40 * FLOAT * float(x.abs().sum(-1).max())  # |w| < 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_changing_the_dtype_keeps_the_codes(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(64, 32)).eval()
+    convert(model, "uint4/g32:fp16+m")
+    weight, parts = model[0].weight, [b.clone() for b in model.buffers()]
+    model.to(dtype)
+    assert model[0].weight.dtype == dtype
+    assert torch.equal(model[0].weight, weight.to(dtype))
+    for a, b in zip(model.buffers(), parts, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+    if dtype != torch.float64:
+        with torch.no_grad(), watching("reference"):
+            x = torch.randn(2, 64).to(dtype)
+            assert compiled(model)(x).dtype == dtype
+
+
+class Odd(nn.Module):
+    """What a file must keep besides packed weights: tied floats, foreign parametrizations, views, plain buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(16, 8), nn.Linear(8, 16, bias=False)
+        self.head.weight = self.embed.weight
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+        self.fc = nn.Linear(8, 8)
+        table = torch.randn(6, 6)
+        self.register_buffer("table", table, persistent=False)
+        self.register_buffer("turned", table.t())
+        self.register_buffer("part", table[2:4])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y = self.fc(self.normed(self.embed(ids)))
+        return self.head(y) + self.table.sum() + self.turned[0].sum() + self.part.sum()
+
+
+def test_files_keep_what_they_must(tmp_path: Path) -> None:
+    from qcompile import Recipe, Rule, Scheme
+
+    torch.manual_seed(0)
+    model, ids = Odd().eval(), torch.arange(6)
+    convert(model, Recipe((Rule(Scheme.parse(RECIPE), path="fc.*"),)))
+    assert [path for path, _, _ in packed_weights(model)] == ["fc"]
+    save(model, tmp_path / "m")
+    other = load(Odd().eval(), tmp_path / "m")
+    assert torch.equal(other(ids), model(ids))
+    assert other.head.weight is other.embed.weight
+    assert other.head.weight.requires_grad
+    assert torch.equal(other.turned, model.turned)
+    # Into the folder it was read from, whose old contents it still reads.
+    save(other, tmp_path / "m")
+    assert torch.equal(other(ids), model(ids))
+    assert torch.equal(load(Odd().eval(), tmp_path / "m")(ids), model(ids))
+    assert sorted(path.name for path in (tmp_path / "m").iterdir()) == ["model.safetensors", "qcompile.json"]
+
+
+def test_meta_model_is_filled(tmp_path: Path) -> None:
+    model = packed("uint4/g32:fp16+m")
+    save(model, tmp_path)
+    with torch.device("meta"):
+        empty = TinyLM(layers=1).eval()
+    with torch.no_grad():
+        assert torch.equal(load(empty, tmp_path)(IDS), model(IDS))
+        assert empty.embed.parametrizations.weight.original0 is empty.head.parametrizations.weight.original0
+
+
+def test_load_errors(tmp_path: Path) -> None:
+    save(packed(), tmp_path)
+    cases = {
+        "load.path": (TinyLM(layers=1), tmp_path / "missing"),
+        "load.missing": (TinyLM(layers=2), tmp_path),
+        "load.shape": (TinyLM(layers=1, bias=True), tmp_path / "biased"),
+        "load.module": (nn.Linear(3, 3), tmp_path),
+    }
+    save(packed(bias=True), tmp_path / "biased")
+    cases["load.shape"][0].layers[0][0].q.bias = nn.Parameter(torch.randn(7))
+    for code, (model, path) in cases.items():
+        with pytest.raises(QCError) as caught:
+            load(model, path)
+        assert caught.value.code == code
+    (tmp_path / "qcompile.json").write_text(json.dumps({"version": 99}))
+    with pytest.raises(QCError) as caught:
+        load(TinyLM(layers=1), tmp_path)
+    assert caught.value.code == "load.version"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(QCError) as caught:
+        save(packed(), tmp_path / "file")
+    assert caught.value.code == "save.path"
+
+
+def run_child(text: str, *args: str) -> str:
+    done = subprocess.run([sys.executable, "-c", text, *args], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_fresh_process_gives_the_same_bits(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = packed("uint4/g32:fp16+m", bias=True)
+    save(model, tmp_path / "m")
+    with torch.no_grad():
+        save_file({"ids": IDS, "logits": model(IDS)}, tmp_path / "want.safetensors")
+    text = """
+import sys, torch
+from safetensors.torch import load_file
+from qcompile import load
+from tests.e2e.models import TinyLM
+with torch.device("meta"):
+    model = TinyLM(layers=1, bias=True).eval()
+want = load_file(sys.argv[2])
+with torch.no_grad():
+    print("EQUAL", torch.equal(load(model, sys.argv[1])(want["ids"]), want["logits"]))
+"""
+    assert "EQUAL True" in run_child(text, str(tmp_path / "m"), str(tmp_path / "want.safetensors"))
+    assert load_file(tmp_path / "want.safetensors")["logits"].shape == (2, 5, 128)
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int4"])
+def test_memory_is_given_back(recipe: str) -> None:
+    """Resident memory falls by at least 60 % of the float bytes (8 bits leave 25 %, and what quantizing needs on the way
+    must be gone as well)."""
+    text = """
+import sys, torch
+from torch import nn
+from qcompile import convert
+import qcompile.api
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+convert(nn.Sequential(nn.Linear(256, 256)), sys.argv[1])  # what is loaded on first use is not the model's
+model = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(48)))
+size, before = sum(p.numel() * 4 for p in model.parameters()), resident()
+report = convert(model, sys.argv[1])
+print("DROP", (before - resident()) / size, report.bytes_before == size)
+"""
+    line = next(line for line in run_child(text, recipe).splitlines() if line.startswith("DROP"))
+    _, drop, counted = line.split()
+    assert counted == "True"
+    assert float(drop) >= 0.6
+
+
+def test_packed_weight_prints_itself() -> None:
+    assert "uint4/g32:fp16+m" in repr(PackedWeight("uint4/g32:fp16+m", 4, 64, torch.float32))

@@ -1,0 +1,277 @@
+"""Laws of every pass, and the list of passes as users edit it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from qcompile import Pass, PassContext, QCError
+from qcompile.backend import DEFAULT_PASSES, watching
+from qcompile.passes.base import Stage
+from qcompile.passes.late.outline_pass import Outline
+from qcompile.passes.match import drop_dead, effects_before, op_name, writes
+from tests.e2e.models import TinyLM
+from tests.passes.graphs import RECIPE, Functional, context, dynamo_graph, post_graph, run
+
+DYNAMO = [item for item in DEFAULT_PASSES if item.stage == "dynamo"]
+POST = [item for item in DEFAULT_PASSES if item.stage == "post"]
+NAMES = [item.name for item in DEFAULT_PASSES]
+
+
+def test_the_lists_are_complete() -> None:
+    assert len(DYNAMO) + len(POST) + 1 == len(DEFAULT_PASSES)
+    assert isinstance(DEFAULT_PASSES[-1], Outline)
+    assert len(set(NAMES)) == len(NAMES)
+
+
+def empty() -> fx.GraphModule:
+    graph = fx.Graph()
+    graph.output(())
+    return fx.GraphModule(nn.Module(), graph)
+
+
+@pytest.mark.parametrize("item", DYNAMO + POST, ids=lambda item: item.name)
+def test_empty_graph(item: Pass) -> None:
+    gm = empty()
+    before = str(gm.graph)
+    assert run([item], gm, context(gm, [])) == before
+    assert gm() == ()
+
+
+class NoSites(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.scale).relu().sum(-1)
+
+
+@pytest.mark.parametrize("item", DYNAMO, ids=lambda item: item.name)
+def test_graph_without_sites(item: Pass) -> None:
+    gm, inputs = dynamo_graph(NoSites(), torch.randn(3, 8))
+    before, ctx = str(gm.graph), context(gm, inputs)
+    assert run([item], gm, ctx) == before
+    assert not ctx.plan.decisions
+    assert not ctx.packed
+
+
+@pytest.mark.parametrize("last", range(1, len(DYNAMO) + 1), ids=lambda i: DYNAMO[i - 1].name)
+def test_twice_is_once(last: int) -> None:
+    """Each pass on the graph that it gets in practice: a second run finds nothing to do."""
+    model = TinyLM(layers=1, bias=True).eval()
+    gm, inputs = dynamo_graph(model, torch.randint(0, 128, (2, 5)))
+    ctx = context(gm, inputs)
+    once = run(DYNAMO[:last], gm, ctx)
+    plan, packed = dict(ctx.plan.decisions), list(ctx.packed)
+    if DYNAMO[last - 1].name == "detect":
+        ctx.plan.decisions.clear()  # it numbers the sites it finds
+    assert run([DYNAMO[last - 1]], gm, ctx) == once
+    assert ctx.plan.decisions == plan
+    assert ctx.packed == packed
+
+
+def test_the_rewritten_graph_computes_the_same() -> None:
+    """Every prefix of the list is a graph that runs."""
+    model, ids = TinyLM(layers=1, bias=True).eval(), torch.randint(0, 128, (2, 5))
+    gm, inputs = dynamo_graph(model, ids)
+    ctx = context(gm, inputs, recipe="none")
+    with torch.no_grad():
+        want = gm(*inputs)[0]
+        for item in DYNAMO:
+            run([item], gm, ctx)
+            # recipe "none": only spellings change, so every bit stays
+            assert torch.equal(gm(*inputs)[0], want), item.name
+
+
+# ----------------------------------------------------------------------------------------------------- users' passes
+class Halve(Pass):
+    """The ten lines of the documentation: halve what every linear gives."""
+
+    name: ClassVar[str] = "halve"
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> None:
+        for node in list(gm.graph.nodes):
+            if op_name(node) == "linear":
+                with gm.graph.inserting_after(node):
+                    half = gm.graph.call_function(torch.mul, (node, 0.5))
+                node.replace_all_uses_with(half, delete_user_cb=lambda user: user is not half)  # noqa: B023
+
+
+class Nothing(Pass):
+    name: ClassVar[str] = "merge"
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> None:
+        ctx.plan.notes.append("nothing was merged")
+
+
+class Failing(Pass):
+    name: ClassVar[str] = "failing"
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> None:
+        raise ZeroDivisionError("no reason")
+
+
+class Dangling(Pass):
+    """Leaves a graph that is none: a node used before it is made."""
+
+    name: ClassVar[str] = "dangling"
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> None:
+        first = next(iter(gm.graph.nodes))
+        last = next(node for node in reversed(gm.graph.nodes) if node.op == "call_function")
+        with gm.graph.inserting_before(first):
+            gm.graph.call_function(torch.neg, (last,))
+
+
+class Late(Pass):
+    """Counts the matmuls of the functional graph."""
+
+    name: ClassVar[str] = "late"
+    stage: ClassVar[Stage] = "post"
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> None:
+        ctx.plan.notes.append(f"{sum(node.target is torch.ops.qcompile.qmm.default for node in gm.graph.nodes)} qmm")
+
+
+def call(edits: dict[str, Any], x: Tensor, model: nn.Module, kind: Any = "reference") -> tuple[Tensor, PassContext]:
+    torch._dynamo.reset()
+    with torch.no_grad(), watching(kind) as trace:
+        y = torch.compile(model, backend="qcompile", options={"recipe": RECIPE, "passes": edits})(x)
+    torch._dynamo.reset()
+    return y, trace.contexts[0]
+
+
+def test_insert() -> None:
+    model, x = Functional(lambda y: y, (16,)), torch.randn(3, 32)
+    plain, _ = call({}, x, model)
+    for side, anchor in (("after", "detect"), ("before", "resolve"), ("after", "canonicalize")):
+        half, _ = call({"insert": [(side, anchor, Halve())]}, x, model)
+        assert torch.equal(half, plain * 0.5)
+
+
+def test_drop_and_replace() -> None:
+    model, x = Functional(lambda a, b: a + b, (16, 16)), torch.randn(3, 32)
+    plain, ctx = call({}, x, model)
+    assert [d.group for d in ctx.plan] == [0, 0]
+    for edits in ({"drop": ["merge"]}, {"replace": {"merge": Nothing()}}):
+        other, ctx = call(edits, x, model)
+        assert torch.equal(other, plain)
+        assert [d.group for d in ctx.plan] == [-1, -1]
+        assert ctx.plan.notes == (["nothing was merged"] if "replace" in edits else [])
+
+
+def test_late_pass_sees_the_functional_graph() -> None:
+    model, x = Functional(lambda y: y, (16,)), torch.randn(3, 32)
+    _, ctx = call({"insert": [("before", "epilogue", Late())]}, x, model, "compiled")
+    assert "1 qmm" in ctx.plan.notes
+
+
+@pytest.mark.parametrize("item", [Failing(), Dangling()], ids=lambda item: item.name)
+def test_failing_pass(item: Pass) -> None:
+    model, x = Functional(lambda y: y, (16,)), torch.randn(3, 32)
+    with pytest.raises(QCError) as caught:
+        call({"insert": [("after", "detect", item)]}, x, model)
+    assert caught.value.code == "pass.failed"
+    assert item.name in caught.value.what
+    assert item.name in caught.value.next
+
+
+# ------------------------------------------------------------------------------------------------------- fingerprints
+def scaled(factor: float) -> Pass:
+    class Scale(Pass):
+        name: ClassVar[str] = "scale"
+
+        def run(self, gm: fx.GraphModule, ctx: PassContext) -> None:
+            _by(gm, factor)
+
+    return Scale()
+
+
+def _by(gm: fx.GraphModule, factor: float) -> None:
+    gm.meta["factor"] = factor
+
+
+def made(text: str) -> Pass:
+    """A pass whose source cannot be read, as in an interactive session."""
+    space: dict[str, Any] = {"Pass": Pass}
+    exec(f"class P(Pass):\n    name = 'p'\n    def run(self, gm, ctx):\n        {text}", space)
+    made: Pass = space["P"]()
+    return made
+
+
+class Attribute(Pass):
+    name: ClassVar[str] = "attribute"
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+
+class Heir(Attribute):
+    pass
+
+
+def test_fingerprints() -> None:
+    """Equal for equal passes; different for another constant, closure, attribute, helper or parent."""
+    twins = [lambda: scaled(2.0), lambda: made("gm.x = 2"), lambda: Attribute(2), lambda: Heir(2)]
+    for make in twins:
+        assert make().fingerprint() == make().fingerprint()
+    different = [
+        *(make() for make in twins), scaled(3.0), made("gm.x = 3"), made("gm.y = 2"), Attribute(3), *DEFAULT_PASSES,
+    ]  # fmt: skip
+    assert len({item.fingerprint() for item in different}) == len(different)
+    before = scaled(2.0).fingerprint()
+    helper = globals()["_by"]
+    try:
+        globals()["_by"] = lambda gm, factor: None
+        assert scaled(2.0).fingerprint() != before
+    finally:
+        globals()["_by"] = helper
+
+
+# --------------------------------------------------------------------------------------------------------------- dump
+def test_dump_writes_every_pass_of_every_graph(tmp_path: Path) -> None:
+    """Also the second time, when the disk caches hold the result."""
+    model, x = Functional(lambda y: y.relu(), (16,)), torch.randn(3, 32)
+    for number in range(2):
+        torch._dynamo.reset()
+        with torch.no_grad():
+            torch.compile(model, backend="qcompile", options={"recipe": RECIPE, "dump": tmp_path})(x)
+        for stage, passes in (("dynamo", DYNAMO), ("post", POST)):
+            folder = tmp_path / f"{number:02d}_{stage}"
+            want = ["00_input.txt", *(f"{i:02d}_{item.name}.txt" for i, item in enumerate(passes, 1))]
+            assert sorted(path.name for path in folder.iterdir()) == want
+    assert "qmm" in (tmp_path / "01_dynamo" / f"{len(DYNAMO):02d}_freeze.txt").read_text()
+
+
+# -------------------------------------------------------------------------------------------------- reading of graphs
+def test_writes_and_effects() -> None:
+    def f(x: Tensor, y: Tensor) -> Tensor:
+        a = x + y
+        a.add_(1)
+        b = torch.relu(a)
+        torch.mul(a, 2, out=b)
+        b[0] = 1
+        nn.functional.relu(a, inplace=True)
+        c = (a > 0) & (b > 0)
+        a += 1
+        return a.__and__(c) if a.dtype == torch.bool else a + b + c
+
+    gm, _ = dynamo_graph(f, torch.randn(3), torch.randn(3))
+    found = [(op_name(node), [w.name for w in writes(node)]) for node in gm.graph.nodes if writes(node)]
+    assert [name for name, _ in found] == ["add_", "mul", "setitem", "relu", "iadd"]
+    first, last = (list(effects_before(gm.graph).values())[i] for i in (0, -1))
+    assert (first, last) == (0, 5)
+    before = str(gm.graph)
+    drop_dead(gm.graph)
+    assert str(gm.graph) == before
+
+
+def test_post_graph_is_what_late_passes_get() -> None:
+    gm, inputs, _ = post_graph(Functional(torch.relu, (16,)), torch.randn(3, 32))
+    assert sum(node.target is torch.ops.qcompile.qmm.default for node in gm.graph.nodes) == 1
+    assert gm(*inputs)[0].shape == (3, 16)
