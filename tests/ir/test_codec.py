@@ -164,7 +164,7 @@ def test_nested_scales_are_the_wanted_ones_rounded_twice(
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("scale", ["fp16", "fp32", "e8m0", "pow2"])
+@pytest.mark.parametrize("scale", ["fp16", "fp32", "e8m0", "pow2", "fp32~floor"])
 def test_zero_groups(name: str, scale: str) -> None:
     scheme = Scheme.parse(f"{name}/g4:{scale}")
     x = torch.zeros(3, 8)
@@ -173,10 +173,17 @@ def test_zero_groups(name: str, scale: str) -> None:
     value = decode(encode(x, scheme, qparams), scheme, qparams)
     if scheme.format.values[scheme.format.zero_code] == 0:
         assert effective_scale(qparams, scheme, 2)[[0, 2]].tolist() == [[1.0, 1.0], [1.0, 1.0]]
-        assert bool((encode(x, scheme, qparams)[[0, 2]] == scheme.format.zero_code).all())
         assert bool((value[[0, 2]] == 0).all())
     else:  # binary has no zero: scale 0, or as near as the scale's format comes
         assert float(value[[0, 2]].abs().max()) <= (2.0**-126 if scale in ("e8m0", "pow2") else 0.0)
+    assert bool((encode(x, scheme, qparams)[[0, 2]] == scheme.format.zero_code).all())
+
+
+def test_a_tiny_group_beside_a_huge_one_is_not_an_empty_group() -> None:
+    x = torch.tensor([[2.0**-140, 0.0, 2.0**100, 0.0, 0.0, 0.0]])
+    qparams = choose_qparams(x, "int4/g2:e4m3/tensor:fp32")
+    # the least inner scale, the largest, and 1 for the group of zeros
+    assert load_scale(qparams.scale, SCALE_FORMATS["e4m3"]).tolist() == [[2.0**-9, 448.0, 1.0]]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

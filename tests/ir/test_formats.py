@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from qcompile.errors import QCError
 from qcompile.ir.elements import decode_element, encode_element
@@ -64,7 +65,7 @@ def test_eight_bit_floats_agree_with_torch_bit_for_bit(name: str) -> None:
     points = torch.cat((levels, (levels[1:] + levels[:-1]) / 2))
     every16 = torch.arange(-(2**15), 2**15).to(torch.int16)
     points = torch.cat((points, every16.view(torch.bfloat16).float(), every16.view(torch.float16).float()))
-    points = torch.cat((points, points.nextafter(torch.tensor(9e9)), points.nextafter(torch.tensor(-9e9))))
+    points = around(points)
     points = points[points.abs() <= fmt.max]
     assert torch.equal(encode_element(points, fmt, "nearest"), points.to(dtype).view(torch.uint8))
 
@@ -82,16 +83,26 @@ def test_nan_and_infinity_are_defined() -> None:
             assert levels[fmt.name][:3] == [fmt.values[fmt.zero_code], fmt.max, fmt.low]
 
 
-@given(formats(), st.data())
-def test_nearest_is_nearest(fmt: Format, data: st.DataObject) -> None:
-    levels = sorted(fmt.values[c] for c in used_codes(fmt))
-    middles = [(a + b) / 2 for a, b in pairwise(levels)]
-    y = torch.tensor(
-        data.draw(st.lists(st.floats(-2 * fmt.max, 2 * fmt.max, width=32) | st.sampled_from(middles), min_size=1))
-    )
-    y = torch.cat((y, y.nextafter(torch.tensor(9e9)), y.nextafter(torch.tensor(-9e9))))
+def around(y: Tensor) -> Tensor:
+    """`y` and its float32 neighbours."""
+    return torch.cat((y, y.nextafter(torch.tensor(9e9)), y.nextafter(torch.tensor(-9e9))))
+
+
+def assert_nearest(y: Tensor, fmt: Format) -> None:
     for value, code in zip(y.tolist(), encode_element(y, fmt, "nearest").tolist(), strict=True):
         assert code in oracles.nearest_codes(value, fmt)
+
+
+@pytest.mark.parametrize("fmt", ALL, ids=str)
+def test_nearest_is_nearest_around_every_midpoint(fmt: Format) -> None:
+    levels = sorted(fmt.values[c] for c in used_codes(fmt))
+    assert_nearest(around(torch.tensor([(a + b) / 2 for a, b in pairwise(levels)])), fmt)
+
+
+@given(formats(), st.data())
+def test_nearest_is_nearest(fmt: Format, data: st.DataObject) -> None:
+    y = data.draw(st.lists(st.floats(-2 * fmt.max, 2 * fmt.max, width=32), min_size=1))
+    assert_nearest(torch.tensor(y), fmt)
 
 
 @pytest.mark.parametrize("fmt", [f for f in ALL if f.kind != "table"], ids=str)
