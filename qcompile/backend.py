@@ -44,7 +44,7 @@ from qcompile.passes.late.outline_pass import Outline
 from qcompile.passes.manager import PassManager
 from qcompile.passes.rewrite.attention import GroupQueries
 from qcompile.passes.rewrite.merge import Merge
-from qcompile.passes.rewrite.resolve import PACKED, Resolve, warn_notes
+from qcompile.passes.rewrite.resolve import Resolve, warn_notes
 from qcompile.plan.plan import Plan
 from qcompile.plan.recipe import Recipe
 from qcompile.runtime.frozen import FrozenCall, Slot
@@ -142,7 +142,7 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -
     )
     PassManager(_stage(passes, "dynamo")).run(work, ctx, _dump(options, "dynamo"))
     for decision in list(ctx.plan):
-        if decision.quantized and decision.entry is None and decision.reason != PACKED:
+        if decision.quantized and not decision.packed:
             ctx.plan.keep_float(decision.site.index, "no pass packed this weight (is `freeze` in the list of passes?)")
     if trace is not None:
         trace.contexts.append(ctx)

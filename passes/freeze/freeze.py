@@ -189,6 +189,8 @@ class _Freezer:
             bytes_before=before if fresh else 0,
             bytes_after=after if fresh else 0,
             entry=entry,
+            packed=True,
+            frozen=True,
         )
 
     def already_packed(self, weight: Weight) -> tuple[_Packed, int, int]:

@@ -29,7 +29,9 @@ class Decision:
         bytes_after: bytes of the packed weight held by the store (0 when another site already counts it).
         sqnr: weight signal-to-noise ratio in dB, `None` when not measured.
         group: index of the merge group (sites that became one matmul), or -1.
+        packed: whether a pass gave the site packed operands; a decision alone changes nothing.
         entry: the store's packed weight behind the site, if the store holds it.
+        frozen: whether a pass put packed tensors in the weight's place; a decision alone changes no graph.
     """
 
     site: Site
@@ -41,7 +43,9 @@ class Decision:
     bytes_after: int = 0
     sqnr: float | None = None
     group: int = -1
+    packed: bool = False
     entry: Entry | None = field(default=None, compare=False, repr=False)
+    frozen: bool = False
 
     @property
     def quantized(self) -> bool:
