@@ -116,14 +116,21 @@ def test_the_report_of_an_eager_engine(model: nn.Module, inputs: Inputs) -> None
     assert found.peak >= found.resident["start"] > 0
 
 
-def test_the_report_of_a_quantized_engine(model: nn.Module, inputs: Inputs) -> None:
+@pytest.mark.filterwarnings("ignore:no C.. compiler was found")
+def test_the_report_of_a_quantized_engine(model: nn.Module, inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Without a compiler the graphs run on the reference operators: the same ledger, and no minute of code generation.
+    monkeypatch.setattr("qcompile.compat.cpp_compiler", lambda: None)
     torch.compiler.reset()
     _, found = measure_engine(INT4, lambda: model, inputs, lambda what, share: None)
-    assert found.coverage is not None
-    assert 0 <= found.coverage <= 1
-    assert sum(found.kernels.values()) >= 2
     _, base = measure_engine(EAGER, lambda: model, inputs, lambda what, share: None)
-    assert found.weights <= base.weights
+    # Of every layer q, k, v, o, gate, up and down; the table that is looked up and multiplied with: in two graphs.
+    assert found.kernels["reference"] >= 2 * 2 * 7
+    assert found.coverage is not None
+    assert 0.5 < found.coverage < 1  # attention stays float
+    # 4 bits and two fp16 per group of 32 are 5 of 32 bits, 8-bit rows of 64 and their scales 8.5; norms stay float.
+    assert 5 / 32 < found.weights / base.weights < 9 / 32
+    # Rounding moves the loss, and by far less than a model of noise would: log 64 nats a token.
+    assert 0 < abs(sum(found.surprise) - sum(base.surprise)) < 3 * (WINDOW - 1) * math.log(VOCABULARY)
 
 
 def test_inputs_survive_the_file(inputs: Inputs, tmp_path: Path) -> None:

@@ -59,7 +59,10 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class Result:
-    """One contestant on one shape. `error` is the largest error in units of its bound."""
+    """One contestant on one shape: medians, and the ratio of the best rounds (what a loaded machine still shows).
+
+    `error` is the largest error in units of its bound.
+    """
 
     kernel: str
     m: int
@@ -67,6 +70,7 @@ class Result:
     k: int
     microseconds: float
     speedup: float
+    best_speedup: float
     gigabytes: float
     gigaops: float
     error: float
@@ -89,15 +93,16 @@ def contestant(weight: str, act: str, x: torch.Tensor, n: int, isa: str) -> Cont
     m, k = x.shape
     spec = KernelSpec(Scheme.parse(weight), Scheme.parse(act) if act else None)
     parts = quantize(torch.randn(n, k) / k**0.5, spec.weight)
-    want = expected(spec, x, parts, n, k)
-    error = ((run(spec, x, parts, [], n, k, isa) - want.value).abs() / want.bound).max().item()
+    checked = min(n, 256)  # the first 16 panels: float64 of the whole would take gigabytes
+    want = expected(spec, x, [part[:16] for part in parts], checked, k)
+    y = run(spec, x, parts, [], n, k, isa)
+    error = ((y[:, :checked] - want.value).abs() / want.bound).max().item()
     if not error <= 1:
         sys.exit(f"{isa} {spec}: error is {error} times the bound")
     kernel = CpuLowering(isa).emit(spec)
     entry = load_cpp_kernel(kernel.argtypes, kernel.source, kernel.flags)
     size = sum(part.numel() * part.element_size() for part in parts)
     pool = [[part.clone() for part in parts] for _ in range(copies(size, 1.0))]
-    y = torch.empty(m, n)
 
     def call(i: int) -> None:
         entry(x, *pool[i % len(pool)], y, m, k, k, n, n)
@@ -122,9 +127,21 @@ def measure(contestants: list[Contestant], rounds: int, m: int, n: int, k: int) 
                 contest.call(number * calls + i)
             each.append((time.perf_counter() - start) / calls)
     medians = [statistics.median(each[1:]) for each in times]
+    best = [min(each[1:]) for each in times]
     return [
-        Result(c.name, m, n, k, t * 1e6, medians[0] / t, c.bytes / t / 1e9, 2 * m * n * k / t / 1e9, c.error)
-        for c, t in zip(contestants, medians, strict=True)
+        Result(
+            kernel=c.name,
+            m=m,
+            n=n,
+            k=k,
+            microseconds=t * 1e6,
+            speedup=medians[0] / t,
+            best_speedup=best[0] / b,
+            gigabytes=c.bytes / t / 1e9,
+            gigaops=2 * m * n * k / t / 1e9,
+            error=c.error,
+        )
+        for c, t, b in zip(contestants, medians, best, strict=True)
     ]
 
 
@@ -140,18 +157,18 @@ def main() -> None:
     torch.manual_seed(0)
     shapes = SHAPES[:1] + SHAPES[2:4] if options.quick else SHAPES
     schemes = SCHEMES[:2] + SCHEMES[3:5] if options.quick else SCHEMES
-    console, results = Console(), []
+    console, results = Console(width=max(Console().width, 100)), []  # whole names also in a pipe
     for m, n, k in shapes:
         x = torch.randn(m, k)
         contestants = [fp32(x, n)] + [contestant(weight, act, x, n, options.isa) for weight, act in schemes]
         found = measure(contestants, options.rounds, m, n, k)
         results += found
         table = Table(title=f"M={m} N={n} K={k}, {options.isa}, {options.threads} threads", title_justify="left")
-        for name in ("kernel", "us", "x fp32", "GB/s", "GOP/s", "error / bound"):
+        for name in ("kernel", "us", "x fp32", "(best)", "GB/s", "GOP/s", "error / bound"):
             table.add_column(name, justify="left" if name == "kernel" else "right")
         for r in found:
-            cells = (f"{r.microseconds:.0f}", f"{r.speedup:.2f}", f"{r.gigabytes:.1f}", f"{r.gigaops:.0f}")
-            table.add_row(r.kernel, *cells, f"{r.error:.2f}")
+            cells = (r.microseconds, r.speedup, r.best_speedup, r.gigabytes, r.gigaops, r.error)
+            table.add_row(r.kernel, *(f"{v:.{d}f}" for v, d in zip(cells, (0, 2, 2, 1, 0, 2), strict=True)))
         console.print(table)
     if options.json:
         about = {"isa": options.isa, "threads": options.threads, "torch": torch.__version__}

@@ -190,7 +190,6 @@ class _Freezer:
             bytes_after=after if fresh else 0,
             entry=entry,
             packed=True,
-            frozen=True,
         )
 
     def already_packed(self, weight: Weight) -> tuple[_Packed, int, int]:

@@ -15,7 +15,7 @@ from torch import fx
 from torch.nn import functional as F
 
 from qcompile.passes.base import Pass, PassContext
-from qcompile.passes.match import argument, drop_dead, hint, insert, op_name, shape_of, value_of
+from qcompile.passes.match import argument, drop_dead, hint, insert, op_name, same, shape_of, value_of
 
 _MERGES = ("reshape", "view", "flatten", "contiguous", "_unsafe_view")
 
@@ -74,6 +74,6 @@ def _before_repeat(graph: fx.Graph, node: Any, like: fx.Node) -> fx.Node | None:
         # The repeat is a dimension of stride zero between heads and positions, whatever spelled it.
         if isinstance(value, torch.Tensor) and value.dim() == 5 and value.stride(2) == 0:
             b, heads, group, s, d = value.shape
-            if (b, heads * group, s, d) == tuple(shape):
+            if same((b, heads * group, s, d), shape):
                 return insert(graph, torch.select, node, 2, 0, like=like)
     return None

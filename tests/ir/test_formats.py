@@ -138,6 +138,14 @@ def test_nf4_is_made_of_normal_quantiles() -> None:
     assert all(abs(a - b) <= 7e-7 for a, b in zip(expected, Format.of("nf4").values, strict=True))
 
 
+def test_symmetric_integers_leave_their_lowest_code_unused() -> None:
+    for bits in range(2, 9):
+        fmt = Format.of(f"int{bits}")
+        assert fmt.min == fmt.low - 1 == -(2.0 ** (bits - 1))
+        codes = encode_element(torch.tensor([-1e9, 1e9]), fmt, "nearest")
+        assert codes.tolist() == [1, 2**bits - 1]
+
+
 def test_properties_kernels_read() -> None:
     assert Format.of("int4").offset == 8
     assert Format.of("uint4").offset == 0

@@ -25,10 +25,10 @@ widths = st.integers(1, 8)
 @given(widths, st.sampled_from(LAYOUTS), st.data())
 def test_unpack_inverts_pack(bits: int, packing: str, data: st.DataObject) -> None:
     codes = data.draw(code_matrices(bits))
-    packed = pack_codes(codes, bits, packing)
-    assert tuple(packed.shape) == packed_shape(bits, *codes.shape, packing)
+    (n, k), packed = codes.shape, pack_codes(codes, bits, packing)
+    assert tuple(packed.shape) == packed_shape(bits, n, k, packing)
     assert packed.is_contiguous()
-    assert torch.equal(unpack_codes(packed, bits, *codes.shape, packing), codes)
+    assert torch.equal(unpack_codes(packed, bits, n, k, packing), codes)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcompile.errors import QCError
@@ -33,8 +33,8 @@ def test_known_answers_of_random123(word: int, answer: tuple[int, ...]) -> None:
 
 @given(st.tuples(words, words, words, words), st.tuples(words, words))
 def test_philox_equals_integers_of_any_size(counter: tuple[int, int, int, int], key: tuple[int, int]) -> None:
-    tensors = torch.tensor(counter).unbind()
-    assert tuple(int(w) for w in philox4x32(tensors, key)) == oracles.philox4x32(counter, key)
+    a, b, c, d = torch.tensor(counter).unbind()
+    assert tuple(int(w) for w in philox4x32((a, b, c, d), key)) == oracles.philox4x32(counter, key)
 
 
 @given(st.integers(0, 2**62), st.integers(0, 2**40), st.tuples(words, words))
@@ -70,12 +70,13 @@ def test_bits_are_uniform() -> None:
 def test_expectation_over_all_bits_is_the_value(t: float) -> None:
     rounded = round_to_integer(torch.full((65536,), t), "stochastic", EVERY_BITS)
     assert abs(float(rounded.double().mean()) - t) <= 2.0**-17
-    assert set(rounded.tolist()) <= {math.floor(t), math.floor(t) + 1}
+    assert set(rounded.unique().tolist()) <= {math.floor(t), math.floor(t) + 1}
     if (t * 65536).is_integer():
         assert float(rounded.double().mean()) == t
 
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
+@settings(max_examples=15)  # of 65536 elements, for each of the formats
 @given(st.data())
 def test_every_format_rounds_without_bias(fmt: Format, data: st.DataObject) -> None:
     y = data.draw(st.floats(fmt.low, fmt.max, width=32))
@@ -88,7 +89,7 @@ def test_every_format_rounds_without_bias(fmt: Format, data: st.DataObject) -> N
     # fraction is itself computed in float32: differences and a quotient of numbers up to 1, 2**-24 each.
     slack = 4 * 2.0**-24 if fmt.kind == "table" else 0.0
     assert abs(float(values.mean()) - y) <= 2.0**-17 * gap + slack
-    assert set(values.tolist()) <= {neighbours[at - 1], neighbours[at]}
+    assert set(values.unique().tolist()) <= {neighbours[at - 1], neighbours[at]}
 
 
 def test_stochastic_rounding_needs_bits() -> None:

@@ -2,7 +2,7 @@
 // In memory a block is a sequence of bit planes (PLANES); field i of a byte in tile t of a plane belongs to quad
 // t * (8 / width) + i, so a quad is a shift and a mask of one 64-byte tile, per plane.
 // prelude: struct Plane { width, shift, offset }, PLANES, BITS, MAP, LEVELS8.
-struct Packed {
+struct Planes {
   static constexpr int BYTES = 64 * BITS;
   template <int Q> static INL VI quad(const uint8_t* block) {
     VI code = iset(0);

@@ -1,6 +1,8 @@
 // Everything below works on 16 float lanes (VF), 16 int32 lanes (VI) or 64 bytes: one panel of 16 outputs is one vector.
 // A new instruction set is one file with these functions (see avx512vnni.h, avx2.h, portable.h); nothing else changes.
+#if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 on its own intrinsics
+#endif
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -14,7 +16,11 @@
 #include <immintrin.h>
 #endif
 #define INL inline __attribute__((always_inline, unused))
+#if defined(__clang__)
+#define UNROLL _Pragma("unroll")
+#else
 #define UNROLL _Pragma("GCC unroll 16")
+#endif
 
 // How the integer digits of 4 consecutive k of one row lie in memory.
 enum class Digits {

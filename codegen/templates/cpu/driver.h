@@ -77,20 +77,21 @@ static __attribute__((noinline)) void finish(const Problem& p, Unit at, Rows row
   }
 }
 
-// M <= 8: every thread quantizes the few rows for itself (cheaper than a barrier) and streams the codes once.
+// Few rows: every thread quantizes them for itself (cheaper than a barrier) and streams its panels' codes once.
 template <int R> static void few_rows(const Problem& p, int threads) {
   const int64_t chunk = std::max<int64_t>(1, p.units / (threads * CHUNKS));
   std::atomic<int64_t> next{0};
+  auto claim = [&] { return next.fetch_add(chunk, std::memory_order_relaxed); };
 #pragma omp parallel num_threads(threads) if (threads > 1)
-  {
+  if (int64_t u = claim(); u < p.units) {
     Rows rows(shared_rows.get(Rows::bytes(R, p.blocks, p.groups)), R, p.blocks, p.groups);
     for (int r = 0; r < p.m; r++) take_row(p.x + r * p.ldx, p.k, r, R, rows);
     alignas(64) float c[TOGETHER][R * 16];
     const float* cs[TOGETHER];
     for (int i = 0; i < TOGETHER; i++) cs[i] = c[i];
-    for (int64_t u; (u = next.fetch_add(chunk, std::memory_order_relaxed)) < p.units;)
+    for (; u < p.units; u = claim())
       for (int64_t e = std::min(u + chunk, p.units); u < e; u++) {
-        Unit at = unit_of(p, u);
+        const Unit at = unit_of(p, u);
         for (int i = 0; i < TOGETHER; i++)
           multiply<Packed, R>(span_of(p, p.segment[at.segment + i], at.panel, rows, R, 0, p.blocks), c[i]);
         finish(p, at, rows, 0, p.m, cs);
@@ -100,13 +101,13 @@ template <int R> static void few_rows(const Problem& p, int threads) {
 
 // M > 8: rows are quantized once, in blocks of MR (the last block may have fewer); a panel is unpacked to bytes chunk by
 // chunk and each chunk serves all rows of a stripe while it is in the first-level cache.
-template <class Codes> INL void multiply_rows(int R, const Span& span, float* c) {
-  switch (R) {
-    case 1: return multiply<Codes, 1>(span, c);
-    case 2: return multiply<Codes, 2>(span, c);
-    case 4: return multiply<Codes, 4>(span, c);
-    default: return multiply<Codes, 8>(span, c);
-  }
+// Blocks have 1, 2, 4 or 8 rows; what cannot occur is not compiled.
+INL void multiply_few(int R, const Span& span, float* c) {
+  if (R == 1) return multiply<Packed, 1>(span, c);
+  if (R == 2) return multiply<Packed, 2>(span, c);
+  if constexpr (MR > 8)
+    if (R == 8) return multiply<Packed, 8>(span, c);
+  if constexpr (MR > 4) return multiply<Packed, 4>(span, c);
 }
 // Rows that a block of `left` rows is multiplied as; the rows beyond `left` are computed and dropped.
 INL int block_rows(int64_t left, int most) {
@@ -149,7 +150,7 @@ static void many_rows(const Problem& p, int threads) {
             Span span = span_of(p, segment, at.panel, rows_of(b), R, from, to);
             float* c = (float*)(own + i * c_bytes) + (b - first) * MR * 16;
             if (R != MR) {
-              multiply_rows<Packed>(R, span, c);
+              multiply_few(R, span, c);
             } else {
               if (!UNPACKED) span.codes = bytes;
               multiply<Plain, MR>(span, c);
@@ -180,10 +181,10 @@ static void run(Problem& p) {
   }
   int threads = omp_in_parallel() || weights * std::min<int64_t>(p.m, 16) < SERIAL_BELOW ? 1 : omp_get_max_threads();
   if (p.m > FEW_ROWS) return many_rows(p, threads);
-  switch (block_rows(p.m, 8)) {
-    case 1: return few_rows<1>(p, threads);
-    case 2: return few_rows<2>(p, threads);
-    case 4: return few_rows<4>(p, threads);
-    default: return few_rows<8>(p, threads);
-  }
+  const int R = block_rows(p.m, FEW_ROWS);
+  if (R == 1) return few_rows<1>(p, threads);
+  if (R == 2) return few_rows<2>(p, threads);
+  if constexpr (FEW_ROWS > 4)
+    if (R > 4) return few_rows<FEW_ROWS>(p, threads);
+  return few_rows<4>(p, threads);
 }

@@ -15,7 +15,7 @@ INL VF level(VI code) {  // lanes 0 .. 2^BITS - 1
   return ffrom(ior(fbits(fsel(flt(small, fset(SMALLEST * (1 << MANTISSA))), small, normal)), sign));
 }
 template <int Q, class F> INL void levels_of(const uint8_t* block, F&& f) {
-  VI quad = Packed::quad<Q>(block);
+  VI quad = Planes::quad<Q>(block);
   each<4>(LAMBDA { f(index_, level(index_ == 3 ? ishr<24>(quad) : iand(ishr<8 * index_>(quad), iset(255)))); });
 }
 struct Plain {  // levels as floats [32][16]
@@ -25,9 +25,9 @@ struct Plain {  // levels as floats [32][16]
     each<4>(LAMBDA { f(index_, fload((const float*)block + (Q * 4 + index_) * 16)); });
   }
 };
-struct Coded {
-  static constexpr int BYTES = Packed::BYTES;
-  static INL void prefetch(const uint8_t* block) { Packed::prefetch(block); }
+struct Packed {
+  static constexpr int BYTES = Planes::BYTES;
+  static INL void prefetch(const uint8_t* block) { Planes::prefetch(block); }
   template <int Q, class F> static INL void quad(const uint8_t* block, F&& f) { levels_of<Q>(block, f); }
 };
 static __attribute__((noinline, unused)) void unpack(const uint8_t* codes, int64_t blocks, uint8_t* out) {
@@ -47,12 +47,8 @@ struct Span {
   bool first;
 };
 
-template <class From> struct Reader { using T = From; };
-template <> struct Reader<Packed> { using T = Coded; };
-
-template <class From, int R>
+template <class Codes, int R>
 static __attribute__((noinline)) void multiply(const Span& span, float* c) {
-  using Codes = typename Reader<From>::T;
   constexpr int U = R >= 4 ? 1 : 4 / R;  // independent sums that hide the latency of fma
   const uint8_t* codes = span.codes;
   const float* x = (const float*)span.rows.x;

@@ -1,5 +1,6 @@
 // R rows x 16 outputs x a range of K, in integers. The sums of products of codes and digits are exact; they become
 // floats once per group of weights (DIGITS 1) or once per block of 32 k (DIGITS 2, where every block has its scale).
+using Packed = Planes;
 struct Plain {  // quads already in bytes: 8-bit codes, and what `unpack` writes
   static constexpr int BYTES = 512;
   template <int Q> static INL VI quad(const uint8_t* block) { return iload(block + Q * 64); }
