@@ -40,6 +40,14 @@ def verdict(spec: MatmulSpec, device: torch.device, x: torch.dtype, extras: Sequ
     return CpuLowering().supports(KernelSpec.of(spec, x, y, tuple(extras)))
 
 
+def loses(spec: MatmulSpec, device: torch.device, x: torch.dtype, rows: int | None) -> str:
+    """Why a float layer is faster than the generated kernel (see `verdict`) for so many rows, "" when it is not or the
+    number of rows is open: one kernel then serves few rows as well."""
+    if device.type != "cpu" or rows is None:
+        return ""
+    return CpuLowering().loses(KernelSpec.of(spec, x, OUT_DTYPES[spec.out] if spec.out else x, ()), rows)
+
+
 def prebuild(gm: fx.GraphModule) -> None:
     """Start building every kernel of a functional graph in the background.
 
@@ -129,4 +137,4 @@ def _lower_qmm(x: Any, parts: Sequence[Any], extras: Sequence[Any], spec: str) -
     )
 
 
-__all__ = ["dumping", "install", "prebuild", "verdict"]
+__all__ = ["dumping", "install", "loses", "prebuild", "verdict"]

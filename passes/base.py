@@ -81,10 +81,13 @@ class Pass:
         name: unique, lower case; what `options={"passes": ...}` refers to.
         stage: "dynamo" sees the user's operators and parameters; "post" sees the functional ATen graph of an
             inference graph with `qcompile.qmm` nodes in it; "compile" wraps the compiler of that graph.
+        requires: names of passes that must have run before this one. A list without them, or in another order, is
+            refused when it is put together: the pass would find nothing to do and say nothing.
     """
 
     name: ClassVar[str] = ""
     stage: ClassVar[Stage] = "dynamo"
+    requires: ClassVar[tuple[str, ...]] = ()
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> None:
         """Edit `gm.graph` in place; the manager lints and recompiles afterwards."""

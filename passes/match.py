@@ -86,12 +86,15 @@ def pick(graph: fx.Graph, value: fx.Node, index: int, like: fx.Node) -> fx.Node:
     return insert(graph, operator.getitem, value, index, like=like)
 
 
+_NOT_THE_USERS = ("/torch/", "/qcompile/ledger.py")  # `explain` calls the model from a function of its own
+
+
 def source_line(node: fx.Node) -> str:
     """User's "file.py:12" for a node: the innermost frame outside torch, "" when unknown."""
     found = ""
     for line in str(node.meta.get("stack_trace", "")).splitlines():
         line = line.strip()
-        if line.startswith('File "') and "/torch/" not in line:
+        if line.startswith('File "') and not any(part in line for part in _NOT_THE_USERS):
             path, _, rest = line[6:].partition('", line ')
             found = f"{path.rsplit('/', 1)[-1]}:{rest.split(',')[0]}"
     return found

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from qcompile.api import Conversion, Explanation, compile, convert, explain, load, refresh, save
+    from qcompile.api import Conversion, Explanation, compile, convert, default_passes, explain, load, refresh, save
     from qcompile.errors import QCError, QCWarning
     from qcompile.ir.scheme import Scheme
     from qcompile.options import Options
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "compile": "api",
     "convert": "api",
+    "default_passes": "api",
     "explain": "api",
     "load": "api",
     "refresh": "api",
@@ -63,6 +64,7 @@ __all__ = [
     "__version__",
     "compile",
     "convert",
+    "default_passes",
     "explain",
     "load",
     "refresh",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from qcompile.backend import qcompile as backend
 from qcompile.conversion import Conversion, convert
 from qcompile.ledger import Explanation, explain
 from qcompile.options import Options
+from qcompile.passes.base import Stage
 from qcompile.plan.recipe import Recipe
 from qcompile.runtime.store import STORE
 from qcompile.serialize import load, save
@@ -34,6 +36,24 @@ def refresh(model: nn.Module | torch.Tensor) -> int:
     """
     tensors = [model] if isinstance(model, torch.Tensor) else list(compat.uncompiled(model).parameters())
     return STORE.mark(tensors)
+
+
+@dataclass(frozen=True)
+class PassInfo:
+    """One pass of the default list: what edits call it, where it runs, what it does, what it builds on."""
+
+    name: str
+    stage: Stage
+    description: str
+    requires: tuple[str, ...]
+
+
+def default_passes() -> tuple[PassInfo, ...]:
+    """The passes of the backend in the order in which they run; `options={"passes": ...}` edits this list by name."""
+    return tuple(
+        PassInfo(item.name, item.stage, (type(item).__doc__ or "").partition("\n")[0], item.requires)
+        for item in DEFAULT_PASSES
+    )
 
 
 def compile(
@@ -62,4 +82,15 @@ def compile(
     return torch.compile(model, backend=partial(backend), dynamic=dynamic, options=guards)
 
 
-__all__ = ["Conversion", "Explanation", "compile", "convert", "explain", "load", "refresh", "save"]
+__all__ = [
+    "Conversion",
+    "Explanation",
+    "PassInfo",
+    "compile",
+    "convert",
+    "default_passes",
+    "explain",
+    "load",
+    "refresh",
+    "save",
+]

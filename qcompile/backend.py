@@ -29,11 +29,11 @@ import torch
 from torch import fx
 
 from qcompile import compat
-from qcompile.codegen import inductor
+from qcompile.codegen import eager, inductor
 from qcompile.codegen.devices.cpu import detect_isa
 from qcompile.errors import QCError, QCWarning
-from qcompile.ir import ops as _ops  # noqa: F401  (registers the operators)
 from qcompile.ir.matmul import MatmulSpec
+from qcompile.ir.ops import reference_only
 from qcompile.options import Options
 from qcompile.passes.base import Kernel, Pass, PassContext, Stage
 from qcompile.passes.detect.canonicalize import Canonicalize
@@ -50,6 +50,8 @@ from qcompile.plan.recipe import Recipe
 from qcompile.runtime.frozen import FrozenCall, Slot
 from qcompile.runtime.store import STORE
 from qcompile.verify import verifying
+
+eager.install()
 
 DEFAULT_PASSES: tuple[Pass, ...] = (
     GroupQueries(),
@@ -156,7 +158,7 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -
     if compiler is None or run == "reference":
         if run == "compiled":
             _warn_no_compiler()
-        compiled: Callable[..., Any] = work.forward
+        compiled: Callable[..., Any] = _by_reference(work)
     else:
         inductor.install()
         inner = compat.inner_compile()
@@ -183,6 +185,16 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -
         for item in (inputs_by_name[n.name] for n in packed)
     ]
     return FrozenCall(compiled, slots, [position[n.name] for n in kept], STORE)
+
+
+def _by_reference(gm: fx.GraphModule) -> Callable[..., Any]:
+    """The graph as it is, with the plain-torch meaning of every operator."""
+
+    def call(*args: Any) -> Any:
+        with reference_only():
+            return gm.forward(*args)
+
+    return call
 
 
 def fingerprint(passes: Sequence[Pass], ctx: PassContext) -> str:
@@ -236,7 +248,8 @@ def _dump(options: Options, stage: str) -> Path | None:
 
 def _ask_lowerings(spec: MatmulSpec, device: torch.device, dtype: torch.dtype, rows: int | None) -> Kernel:
     verdict = inductor.verdict(spec, device, dtype)
-    return Kernel(f"{device.type}-{detect_isa()}" if verdict.ok else "", verdict.reason)
+    slow = inductor.loses(spec, device, dtype, rows) if verdict.ok else ""
+    return Kernel(f"{device.type}-{detect_isa()}" if verdict.ok else "", slow or verdict.reason, bool(slow))
 
 
 def _no_compiler(spec: MatmulSpec, device: torch.device, dtype: torch.dtype, rows: int | None) -> Kernel:

@@ -40,12 +40,14 @@ class PackedWeight(nn.Module):
         k: its columns (input features).
         dtype: dtype of the weight it stands for.
         transposed: the module keeps its weight as `[k, n]` (HF `Conv1D`).
-        shape: shape of the module's weight; more than two dimensions flatten to `[n, k]`.
+        fit: how scales are chosen when a float weight is assigned.
     """
 
-    def __init__(self, scheme: str, n: int, k: int, dtype: torch.dtype, transposed: bool = False) -> None:
+    def __init__(
+        self, scheme: str, n: int, k: int, dtype: torch.dtype, transposed: bool = False, fit: str = "minmax"
+    ) -> None:
         super().__init__()
-        self.scheme, self.n, self.k, self.dtype, self.transposed = scheme, n, k, dtype, transposed
+        self.scheme, self.n, self.k, self.dtype, self.transposed, self.fit = scheme, n, k, dtype, transposed, fit
         self._given: list[torch.Tensor] | None = None
 
     def give(self, parts: Sequence[torch.Tensor]) -> None:
@@ -60,7 +62,7 @@ class PackedWeight(nn.Module):
         """Assigning `module.weight = w` encodes `w`. Raises `QCError` for NaN or Inf."""
         given, self._given = self._given, None
         if given is None:
-            given = quantize(weight.t() if self.transposed else weight, Scheme.parse(self.scheme))
+            given = quantize(weight.t() if self.transposed else weight, Scheme.parse(self.scheme), fit=self.fit)
         return tuple(given)
 
     def extra_repr(self) -> str:
@@ -170,14 +172,14 @@ def convert(model: nn.Module, recipe: Any = "auto", *, strict: bool = False) -> 
         if strict:
             refuse_ragged(choice.weight, first.n, first.k, first.path)
         try:
-            parts = quantize(_rows(weight, first), choice.weight)
+            parts = quantize(_rows(weight, first), choice.weight, fit=choice.fit)
         except QCError as error:
             raise error.at(first.path) from error
         before = weight.numel() * weight.element_size()
         for owner in owners:
             attach(
                 owner.module,
-                PackedWeight(str(choice.weight), owner.n, owner.k, weight.dtype, owner.transposed),
+                PackedWeight(str(choice.weight), owner.n, owner.k, weight.dtype, owner.transposed, choice.fit),
                 parts,
             )
         done.append(Converted(first.path, str(choice.weight), before, sum(p.numel() * p.element_size() for p in parts)))

@@ -68,3 +68,14 @@ def suggest(name: str, choices: Iterable[str]) -> str:
     lowered = {choice.lower(): choice for choice in choices}
     near = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.5)
     return f"; did you mean {lowered[near[0]]!r}?" if near else ""
+
+
+def option_error(key: str, got: object, want: str, *, hint: str = "", fix: str = "") -> QCError:
+    """`options.value`: a setting that does not fit, in the user's words for it."""
+    return QCError(
+        "options.value",
+        f"option {key!r} cannot be {got!r}{hint}",
+        where=f"options[{key!r}]",
+        why=f"it must be {want}",
+        next=fix or "qcompile.Options lists every option and its values",
+    )

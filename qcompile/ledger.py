@@ -8,21 +8,23 @@ can be counted.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
+from rich.text import Text
 
 from qcompile import compat
 from qcompile.backend import qcompile, watching
 from qcompile.options import Options
 from qcompile.passes.base import PassContext
+from qcompile.passes.rewrite.resolve import training_notes
 from qcompile.plan.plan import Decision
 from qcompile.plan.recipe import PRESETS
-from qcompile.runtime.store import Entry
+from qcompile.runtime.store import STORE, Entry
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Explanation:
         coverage: share of contraction FLOPs that run quantized, over all graphs (1.0 without contractions).
         graphs: number of graphs (more than one means graph breaks).
         unused_rules: rules of the recipe that matched no site of any graph.
+        notes: what passes remarked that concerns no single site, and the unused rules; in words.
     """
 
     rows: tuple[Row, ...]
@@ -78,6 +81,7 @@ class Explanation:
     graphs: int
     recipe: str
     unused_rules: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def bytes_before(self) -> int:
@@ -90,32 +94,48 @@ class Explanation:
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> Group:
+        unit, size_of = _unit([size for row in self.rows for size in (row.bytes_before, row.bytes_after)])
         title = (
             f"recipe {self.recipe}: {self.coverage:.1%} of contraction FLOPs quantized, "
-            f"{self.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB, {self.graphs} graph(s)"
+            f"{size_of(self.bytes_before)} {unit} -> {size_of(self.bytes_after)} {unit}, {self.graphs} graph(s)"
         )
         table = Table(title=title, title_justify="left")
-        for name in ("site", "m x n x k", "scheme", "kernel", "MB", "SQNR dB", "source", "reason"):
-            table.add_column(name, overflow="fold", justify="right" if name in ("MB", "SQNR dB") else "left")
+        for name in ("site", "m x n x k", "scheme", "kernel", unit, "SQNR dB", "source", "reason"):
+            table.add_column(name, overflow="fold", justify="right" if name in (unit, "SQNR dB") else "left")
         for row in self.rows:
             m, n, k = row.shape
             size = f"{'?' if m is None else m} x {n} x {k}" if n else ""
             sqnr = "" if row.sqnr is None else "exact" if math.isinf(row.sqnr) else f"{row.sqnr:.1f}"
-            weight = f"{row.bytes_before / 1e6:.2f} -> {row.bytes_after / 1e6:.2f}" if row.bytes_after else ""
+            weight = f"{size_of(row.bytes_before)} -> {size_of(row.bytes_after)}" if row.bytes_after else ""
             table.add_row(
                 row.path or row.kind, size, row.scheme, row.kernel, weight, sqnr, row.source, row.reason,
                 style="" if row.quantized else "yellow",
             )  # fmt: skip
-        for rule in self.unused_rules:
-            table.add_row("(unused rule)", "", "", "", "", "", "", rule, style="red")
-        return table
+        return Group(table, *(Text(f"note: {note}") for note in self.notes))
 
     def __str__(self) -> str:
         console = Console(width=200)
         with console.capture() as capture:
             console.print(self)
         return capture.get()
+
+
+_UNITS = (("B", 1), ("kB", 1e3), ("MB", 1e6), ("GB", 1e9))
+
+
+def _unit(sizes: Sequence[int]) -> tuple[str, Callable[[int], str]]:
+    """The largest unit in which the largest size is one or more, and how to write sizes in it: three significant
+    digits, or all digits before the point."""
+    largest = max(sizes, default=0)
+    unit, one = next(((name, one) for name, one in reversed(_UNITS) if largest >= one), _UNITS[0])
+
+    def write(size: int) -> str:
+        if size == 0 or one == 1:
+            return str(size)
+        return f"{size / one:.{max(0, 2 - math.floor(math.log10(size / one)))}f}"
+
+    return unit, write
 
 
 def explain(
@@ -130,6 +150,8 @@ def explain(
         options: further backend options.
         kwargs: its keyword inputs.
 
+    Weights are encoded to be measured; packed weights that no compiled graph uses are given back before it returns.
+
     Raises:
         QCError: what the backend would raise for these inputs.
     """
@@ -139,10 +161,15 @@ def explain(
         def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
             return qcompile(gm, inputs, options=settings)
 
-        with torch.no_grad(), compat.unlimited_recompiles():
-            run: Callable[..., Any] = torch.compile(_fresh(compat.uncompiled(model)), backend=backend)
-            run(*args, **kwargs)
-    return summarize(trace.contexts)
+        held = list(STORE)  # so that no id is used twice
+        known = set(map(id, held))
+        try:
+            with torch.no_grad(), compat.unlimited_recompiles():
+                run: Callable[..., Any] = torch.compile(_fresh(compat.uncompiled(model)), backend=backend)
+                run(*args, **kwargs)
+            return summarize(trace.contexts)
+        finally:
+            STORE.drop_unused([entry for entry in STORE if id(entry) not in known])
 
 
 def _fresh(target: Callable[..., Any]) -> Callable[..., Any]:
@@ -175,7 +202,20 @@ def summarize(contexts: list[PassContext]) -> Explanation:
     coverage = sum(row.flops for row in rows if row.quantized) / flops if flops else 1.0
     unused = _unused(contexts)
     name = contexts[0].recipe.name if contexts else ""
-    return Explanation(tuple(rows), coverage, len(contexts), name, unused)
+    return Explanation(tuple(rows), coverage, len(contexts), name, unused, _notes(contexts, unused))
+
+
+def _notes(contexts: list[PassContext], unused: tuple[str, ...]) -> tuple[str, ...]:
+    """Remarks of all graphs, each once; weights that stay float for one common reason are counted."""
+    notes: dict[str, None] = {}
+    for number, ctx in enumerate(contexts):
+        training = training_notes(ctx.plan)
+        where = f"graph {number}: " if len(contexts) > 1 else ""
+        notes |= dict.fromkeys(where + note for note in ctx.plan.notes if note not in training)
+        if training:
+            notes[f"{where}{len(training)} weights stay float: autograd is recording, so they may be trained"] = None
+    notes |= dict.fromkeys(f"this rule of the recipe matched no site: {rule}" for rule in unused)
+    return tuple(notes)
 
 
 def _constant(graph: int, entry: Entry) -> Row:

@@ -64,6 +64,7 @@ def save(model: nn.Module, path: str | Path) -> Path:
             "k": item.k,
             "dtype": str(item.dtype).removeprefix("torch."),
             "transposed": item.transposed,
+            "fit": item.fit,
         }
         for module, _, item in packed_weights(model)
     }
@@ -144,7 +145,9 @@ def _attach(model: nn.Module, path: str, entry: dict[str, Any], reader: _Reader)
     count = 0
     while f"{prefix}{count}" in reader:
         count += 1
-    packed = PackedWeight(entry["scheme"], entry["n"], entry["k"], getattr(torch, entry["dtype"]), entry["transposed"])
+    packed = PackedWeight(
+        entry["scheme"], entry["n"], entry["k"], getattr(torch, entry["dtype"]), entry["transposed"], entry["fit"]
+    )
     if isinstance(getattr(module, "parametrizations", None), nn.ModuleDict):
         raise QCError("load.module", f"module {path!r} is converted already", next="load into a float or meta model")
     attach(module, packed, [reader(f"{prefix}{i}") for i in range(count)])

@@ -34,8 +34,8 @@ def test_help_names_the_commands_without_importing_torch() -> None:
     assert all(command in shown for command in ("demo", "explain", "doctor", "bench"))
 
 
-def test_doctor_on_this_machine() -> None:
-    done = run("doctor")
+def test_doctor_on_this_machine(disk_cache: Path) -> None:
+    done = run("doctor", TORCHINDUCTOR_CACHE_DIR=str(disk_cache))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "ready" in done.stdout
     for check in doctor.CHECKS:

@@ -95,12 +95,18 @@ def run_python(page: str, name: str, folder: Path) -> int:
 def commands(text: str) -> Iterator[list[str]]:
     """The simple commands of a shell block, without prompts, comments and variable settings."""
     for line in re.sub(r"\\\n", " ", text).splitlines():
-        for part in re.split(r"&&|\|\||;|\|", line.removeprefix("$ ")):
-            words = shlex.split(part, comments=True)
-            while words and re.fullmatch(r"\w+=.*", words[0]):
+        lexer = shlex.shlex(line.removeprefix("$ "), posix=True, punctuation_chars="&|;")
+        lexer.whitespace_split = True  # words end at blanks and operators; what stands in quotes is one word
+        words: list[str] = []
+        for word in (*lexer, ";"):
+            if not word or not set(word) <= set("&|;"):
+                words.append(word)
+                continue
+            while words and re.fullmatch(r"\w+=.*", words[0], re.S):
                 words.pop(0)
             if words:
                 yield words
+            words = []
 
 
 def check_command(words: list[str]) -> None:
@@ -188,6 +194,21 @@ $ OMP_NUM_THREADS=2 qcompile demo --quick && qcompile doctor
 
 def test_runner_runs_a_page(tmp_path: Path) -> None:
     assert check_page(GOOD, "GOOD.md", tmp_path) == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("$ make test ARGS='-k a;b'  # first; then this | that", [["make", "test", "ARGS=-k a;b"]]),
+        ('python -c "import torch; print(1 && 2)" x.py', [["python", "-c", "import torch; print(1 && 2)", "x.py"]]),
+        ("cd here;make a&&make b | pip c", [["cd", "here"], ["make", "a"], ["make", "b"], ["pip", "c"]]),
+        ("A=1 B='2 3' make\\\n  check", [["make", "check"]]),
+        ("# only; a comment", []),
+        ("echo it\\'s; make", [["echo", "it's"], ["make"]]),
+    ],
+)
+def test_runner_reads_shell_lines_as_a_shell_does(text: str, expected: list[list[str]]) -> None:
+    assert list(commands(text)) == expected
 
 
 @pytest.mark.parametrize(

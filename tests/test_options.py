@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from qcompile import compat
+from qcompile.edits import Insertion, PassEdits
 from qcompile.errors import QCError
-from qcompile.options import Insertion, Options, PassEdits
+from qcompile.options import Options
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Named:
     name: str
     version: str = "1"
     stage: str = "dynamo"
+    requires: Any = ()
 
     def fingerprint(self) -> str:
         return f"{self.name} {self.version}"
@@ -117,6 +119,12 @@ def test_our_keys_and_inductors_do_not_meet() -> None:
         ({"passes": {"drop": [Named("merge")]}}, "options.value", "names"),
         ({"passes": {"replace": ["merge"]}}, "options.value", "mapping"),
         ({"passes": {"replace": {"merge": "other"}}}, "options.value", "fingerprint"),
+        (
+            {"passes": {"replace": {"merge": Named("a", stage="late")}}},
+            "options.value",
+            "one of: dynamo, post, compile",
+        ),
+        ({"passes": {"insert": [("after", "merge", Named("a", requires="b"))]}}, "options.value", "a tuple of names"),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
 )

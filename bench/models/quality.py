@@ -31,8 +31,9 @@ from torch import nn
 
 import qcompile
 from qcompile.demo import model, report, text
-from qcompile.ir.codec import fake_quant
+from qcompile.ir.codec import dequantize, fake_quant, quantize
 from qcompile.ir.scheme import Scheme
+from qcompile.plan.recipe import PRESETS
 
 TOKENS = 256  # per perplexity window
 BATCH, LENGTH = 8, 64  # sentences per call, tokens they are padded to
@@ -84,8 +85,9 @@ class Line:
 
 
 # ---------------------------------------------------------------------------------------------- the reference
-def reference(float_model: nn.Module, ledger: qcompile.Explanation) -> nn.Module:
+def reference(float_model: nn.Module, recipe: str, ledger: qcompile.Explanation) -> nn.Module:
     """A copy of the model in which the ledger's decisions are carried out in plain torch."""
+    fits = {str(rule.weight): rule.fit for rule in PRESETS[recipe].rules}
     rounded = copy.deepcopy(float_model)
     parameters = dict(rounded.named_parameters(remove_duplicate=False))
     done: dict[int, str] = {}
@@ -103,7 +105,8 @@ def reference(float_model: nn.Module, ledger: qcompile.Explanation) -> nn.Module
     with torch.no_grad():
         for parameter in rounded.parameters():
             if id(parameter) in done:
-                parameter.copy_(fake_quant(parameter, Scheme.parse(done[id(parameter)])))
+                scheme = done[id(parameter)]
+                parameter.copy_(dequantize(quantize(parameter, scheme, fit=fits[scheme]), scheme, *parameter.shape))
     return rounded
 
 
@@ -135,7 +138,7 @@ def engines(
     """(name, what to call, coverage) of the reference and, if wanted, the compiled model."""
     torch.compiler.reset()
     ledger = qcompile.explain(float_model, recipe=recipe, **example)
-    yield "reference", reference(float_model, ledger), ledger.coverage
+    yield "reference", reference(float_model, recipe, ledger), ledger.coverage
     if compiled:
         torch.compiler.reset()
         call = torch.compile(float_model, backend="qcompile", options={"recipe": recipe})

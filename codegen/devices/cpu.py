@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from qcompile.codegen.devices.cpu_text import SCALES, kernel_text
+from qcompile.codegen.devices.cpu_text import SCALES, arithmetic, kernel_text
 from qcompile.codegen.registry import Kernel, Verdict
 from qcompile.codegen.spec import KernelSpec
-from qcompile.compat import cpp_compiler, cpp_isa, cpu_has_vnni, load_cpp_kernel
+from qcompile.codegen.tuning.cpu import FLOAT_WINS
+from qcompile.compat import cpp_compiler, cpp_isa, cpu_has_bf16, cpu_has_vnni, load_cpp_kernel
 from qcompile.errors import QCError
 from qcompile.ir.granularity import PerAxis, PerGroup, PerTensor, PerToken
 from qcompile.ir.matmul import OUT_DTYPES
@@ -26,6 +27,8 @@ from qcompile.ir.packing import BLOCK
 from qcompile.ir.scheme import Scheme
 
 ISAS = ("avx512vnni", "avx2", "portable")
+# An exact int32 sum becomes a float once for so many blocks: 16 * 32 * 255 * 127 < 2^24, so that it is exact there too.
+MOST_STEPS = 16
 # avx2 text on a machine with AVX-512: without this the compiler would use the other half of the register file.
 _FLAGS = {"avx2": ("-mno-avx512f",)}
 
@@ -67,13 +70,22 @@ def _weight_reason(weight: Scheme) -> str:
     return ""
 
 
-def _act_reason(act: Scheme | None) -> str:
+def _act_reason(act: Scheme | None, weight: Scheme) -> str:
     if act is None:
         return ""
     symmetric = act.format.kind == "int" and act.format.signed and act.format.bits <= 8 and not act.scale.zero
-    if isinstance(act.granularity, PerToken) and symmetric and act.scale.format.name == "fp32":
-        return ""
-    return f"activation {act}: symmetric integers of at most 8 bits per token work (int8/token)"
+    if symmetric and act.scale.format.name == "fp32":
+        match act.granularity, weight.granularity:
+            case PerToken(), _:
+                return ""
+            case PerGroup(size), PerGroup(whole) if whole % size:
+                return f"activation {act}: its groups must divide those of {whole} weights"
+            case PerGroup(size), _ if size % BLOCK == 0 and size <= MOST_STEPS * BLOCK:
+                return ""
+    return (
+        f"activation {act}: symmetric integers of at most 8 bits work, with fp32 scales per token or for each {BLOCK}, "
+        f"{2 * BLOCK} ... {MOST_STEPS * BLOCK} values (int8/token, int8/g{BLOCK}:fp32)"
+    )
 
 
 @dataclass(frozen=True)
@@ -86,10 +98,17 @@ class CpuLowering:
 
     def supports(self, spec: KernelSpec) -> Verdict:
         """See `Lowering`. Needs a C++ compiler; reads no sizes, so a yes holds for every N and K."""
-        reason = _weight_reason(spec.weight) or _act_reason(spec.act)
+        reason = _weight_reason(spec.weight) or _act_reason(spec.act, spec.weight)
         if not reason and cpp_compiler() is None:
             reason = "no C++ compiler"
         return Verdict(not reason, reason)
+
+    def loses(self, spec: KernelSpec, rows: int) -> str:
+        """Why torch's own layer is faster than the kernel at so many rows, "" when it is not; from measurements."""
+        least = FLOAT_WINS.get((self.isa, arithmetic(spec)))
+        if spec.x != "bf16" or least is None or rows < least or not cpu_has_bf16():
+            return ""
+        return f"{rows} rows, and this CPU's bf16 matrix instructions win from {least} on"
 
     def emit(self, spec: KernelSpec) -> Kernel:
         """Arguments of the entry, in order: x, then codes, scales and zeros (or minimums) of each segment, the extras,

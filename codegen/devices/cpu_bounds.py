@@ -9,13 +9,15 @@ roundings (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1),
 the weight's terms) * |x|.
 
 * digits1 (int8 activation): sums of products are exact integers. Roundings: integer to float, zero point, then one
-  multiply-add with the scale (and one with the minimum) per group, the row's scale, its product with the sum.
+  multiply-add with the scale (and one with the minimum) per group, the row's scale, its product with the sum. Where the
+  activation has a scale for each some 32 k: scale times step and one multiply-add for each of those, and the same again
+  for the sum of step times digits that zero points and minimums meet.
 * digits2 (16-bit image of x, a scale for each 32 k): |x - step q| <= step (1/2 + 32639 * 3 u) <= 0.51 step with
   step = absmax / 32639, for the factor 32639 / absmax, its product with x, and step itself are rounded once
   each. That error meets |w|. Roundings: integer to float, scale times step, and one multiply-add for each 32
   k; zero points and minimums add the sum of step times digits (one rounding for each 32 k) and one
   multiply-add per group.
-* float: one multiply-add per k, one per group, the row's scale.
+* float: the rounded activation, one multiply-add per k, one per group, the row's scale.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qcompile.codegen.devices.cpu_text import LONG_GROUP, arithmetic
+from qcompile.codegen.devices.cpu_text import LONG_GROUP, arithmetic, step_blocks
 from qcompile.codegen.spec import KernelSpec
 from qcompile.ir.matmul import quantize_rows
 from qcompile.ir.packing import BLOCK, unpack_codes, unpack_scales
@@ -81,7 +83,9 @@ def expected(spec: KernelSpec, x: torch.Tensor, parts: Sequence[torch.Tensor], n
     wide, how = x.float(), arithmetic(spec)
     if spec.act is not None:
         codes, scale = quantize_rows(wide, spec.act)
-        used, roundings = codes.double() * scale.double(), 2 * groups + 6
+        steps = step_blocks(spec)
+        used = codes.double() * scale.double()
+        roundings = 2 * groups + 6 + (4 * -(-blocks // steps) + 2 if steps else 0)
     else:
         used, roundings = wide.double(), 0
     error = torch.zeros(x.shape[0], n, dtype=torch.float64)
@@ -95,7 +99,7 @@ def expected(spec: KernelSpec, x: torch.Tensor, parts: Sequence[torch.Tensor], n
     else:
         bounded = used.abs()
         if how == "float":
-            roundings = spec.weight.group_size(k) + groups + 8
+            roundings = spec.weight.group_size(k) + groups + 9
     # The last term is for results below the normal range, where a rounding costs up to 2^-150 whatever its
     # size.
     bound = error + gamma(roundings) * (bounded @ size.T) + (roundings + k) * 2.0**-149

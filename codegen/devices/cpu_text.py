@@ -83,7 +83,14 @@ def group_blocks(spec: KernelSpec) -> int:
     granularity = spec.weight.granularity
     if isinstance(granularity, PerGroup):
         return granularity.size // BLOCK
-    return LONG_GROUP if spec.long_k else 0
+    return LONG_GROUP if spec.long_k and not step_blocks(spec) else 0
+
+
+def step_blocks(spec: KernelSpec) -> int:
+    """Blocks of 32 k that share a scale of the activation; 0 when a row has one scale."""
+    if spec.act is not None and isinstance(spec.act.granularity, PerGroup):
+        return spec.act.granularity.size // BLOCK
+    return int(arithmetic(spec) == "digits2")
 
 
 def arithmetic(spec: KernelSpec) -> str:
@@ -119,6 +126,7 @@ def _constants(spec: KernelSpec, isa: str) -> str:
             "DIGITS": 2 if how == "digits2" else 1,
             "SCALES_PER_GROUP": 16 if isinstance(spec.weight.granularity, PerGroup) else 0,
             "GB": group_blocks(spec),
+            "AB": step_blocks(spec),
             "TOP": top or 127,
             "SEGMENTS": spec.segments,
             "MR": blocking.rows,

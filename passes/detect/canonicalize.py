@@ -25,7 +25,7 @@ LINEAR = F.linear
 
 
 class Canonicalize(Pass):
-    """Contractions with a weight operand become `F.linear`; see the module docstring."""
+    """Contractions with a weight operand become `F.linear` with the weight as `[n, k]`."""
 
     name: ClassVar[str] = "canonicalize"
 

@@ -32,9 +32,10 @@ class _Packed:
 
 
 class Freeze(Pass):
-    """Encode once, feed packed tensors as inputs; see the module docstring."""
+    """Weights are encoded once, and packed tensors become inputs of the graph."""
 
     name: ClassVar[str] = "freeze"
+    requires: ClassVar[tuple[str, ...]] = ("resolve",)
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> None:
         work = _Freezer(gm.graph, ctx)
@@ -165,7 +166,8 @@ class _Freezer:
             parts = tuple(weight.packed.args[0])  # type: ignore[arg-type]
             self.account(node, scheme, (parts, packed_rows(weight)), before, after, None)
             return packed
-        entry = self.entry(weight.roots, weight.expression, scheme)
+        fit = self.ctx.plan.decisions[node.meta[SITE]].fit
+        entry = self.entry(weight.roots, weight.expression, scheme, fit)
         value = value_of(weight.node)
         before = value.numel() * value.element_size()
         self.account(node, scheme, (id(entry),), before, entry.nbytes, entry)
@@ -212,8 +214,10 @@ class _Freezer:
         before = count * int(weight.packed.args[3]) * width  # type: ignore[arg-type]
         return _Packed(nodes, count), before, sum(v.numel() * v.element_size() for v in values)
 
-    def entry(self, roots: Sequence[fx.Node], expression: WeightExpression, scheme: Scheme | None) -> Entry:
-        return self.ctx.store.entry([self.ctx.inputs[root.name] for root in roots], expression, scheme)
+    def entry(
+        self, roots: Sequence[fx.Node], expression: WeightExpression, scheme: Scheme | None, fit: str = "minmax"
+    ) -> Entry:
+        return self.ctx.store.entry([self.ctx.inputs[root.name] for root in roots], expression, scheme, fit)
 
     def inputs(self, entry: Entry, roots: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
         """Placeholders for an entry's parts, made on first use."""

@@ -10,7 +10,7 @@ from qcompile.passes.late.outline import OutlineReport, outline
 
 
 class Outline(Pass):
-    """Compile repeated blocks once; see `outline`. The report goes into the plan's notes."""
+    """Compile repeated blocks once; the report goes into the plan's notes."""
 
     name: ClassVar[str] = "outline"
     stage: ClassVar[Stage] = "compile"

@@ -23,6 +23,7 @@ class Merge(Pass):
     """Give quantized linears with one input, one scheme and one dtype a common group number."""
 
     name: ClassVar[str] = "merge"
+    requires: ClassVar[tuple[str, ...]] = ("resolve",)
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> None:
         constants = constant_nodes(gm.graph, ctx.inputs)

@@ -21,8 +21,8 @@ from qcompile.ir.scheme import Scheme
 from qcompile.passes.base import Pass, PassContext, node_device
 from qcompile.passes.detect.sites import SITE
 from qcompile.passes.detect.weights import Weight, constant_nodes, weight_of
-from qcompile.passes.match import argument
-from qcompile.plan.plan import Decision
+from qcompile.passes.match import argument, shape_of
+from qcompile.plan.plan import Decision, Plan
 from qcompile.plan.recipe import Choice
 from qcompile.plan.site import Site
 
@@ -33,6 +33,7 @@ class Resolve(Pass):
     """Apply the recipe and the policy to every site of the plan."""
 
     name: ClassVar[str] = "resolve"
+    requires: ClassVar[tuple[str, ...]] = ("detect",)
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> None:
         constants = constant_nodes(gm.graph, ctx.inputs)
@@ -104,7 +105,7 @@ def _refuse(ctx: PassContext, site: Site, reason: str) -> None:
 
 def _decide(ctx: PassContext, site: Site, choice: Choice, node: fx.Node) -> None:
     plan, options = ctx.plan, ctx.options
-    decision = Decision(site, choice.weight, choice.act, reason=choice.reason)
+    decision = Decision(site, choice.weight, choice.act, choice.fit, reason=choice.reason)
     plan.decisions[site.index] = decision
     if choice.weight is None:
         return
@@ -118,7 +119,9 @@ def _decide(ctx: PassContext, site: Site, choice: Choice, node: fx.Node) -> None
         return
     spec = MatmulSpec(choice.weight, (site.n,), site.k, act)
     dtype = getattr(torch, site.dtype)
-    kernel = ctx.kernel(spec, node_device(node), dtype, site.m)
+    # A graph whose number of rows is open serves few rows too, whatever the example had.
+    fixed = all(isinstance(size, int) for size in shape_of(argument(node, 0, "input")) or ())
+    kernel = ctx.kernel(spec, node_device(node), dtype, site.m if fixed else None)
     if not kernel.found:
         reason = f"no fast kernel for {choice.weight}: {kernel.reason}"
         if options.strict:
@@ -133,6 +136,11 @@ def _decide(ctx: PassContext, site: Site, choice: Choice, node: fx.Node) -> None
         plan.update(site.index, kernel=kernel.name)
 
 
+def training_notes(plan: Plan) -> list[str]:
+    """Notes about weights that stay float because autograd records, one for each."""
+    return [note for note in plan.notes if "autograd is recording" in note]
+
+
 def warn_notes(ctx: PassContext) -> None:
     """Say once per compile what the user must know."""
     looked_at = any(not decision.site.refused for decision in ctx.plan)
@@ -143,7 +151,7 @@ def warn_notes(ctx: PassContext) -> None:
                 QCWarning,
                 stacklevel=2,
             )
-    training = [note for note in ctx.plan.notes if "autograd is recording" in note]
+    training = training_notes(ctx.plan)
     if training:
         warnings.warn(
             f"{len(training)} weights stay float: autograd is recording, so they may be trained. "

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qcompile.errors import QCError
 from qcompile.ir.elements import decode_element, encode_element
+from qcompile.ir.fit import FITS
 from qcompile.ir.granularity import Cell, Nested
 from qcompile.ir.packing import (
     PANEL,
@@ -138,13 +139,20 @@ def fake_quant(
 
 
 def quantize(
-    w: Tensor, scheme: Scheme | str, *, qparams: QParams | None = None, seed: Word = 0, offset: Word = 0
+    w: Tensor,
+    scheme: Scheme | str,
+    *,
+    qparams: QParams | None = None,
+    fit: str = "minmax",
+    seed: Word = 0,
+    offset: Word = 0,
 ) -> list[Tensor]:
     """Encode and pack a weight `[N, K]`.
 
     Args:
         w: any float dtype and strides; finite.
-        qparams: scales to use instead of the chosen ones (searched, learned).
+        qparams: scales to use instead of the chosen ones (learned, for example).
+        fit: how scales are chosen: "minmax", or "mse" (see `qcompile.ir.fit`).
         seed: key of stochastic rounding.
         offset: global index of the first element, when `w` is a shard of rows.
 
@@ -165,7 +173,7 @@ def quantize(
         )
     _refuse_nonfinite(w)
     n, k = w.shape
-    qparams = qparams or choose_qparams(w, scheme)
+    qparams = qparams or FITS[fit](w, scheme)
     over = _RowScales.of(qparams, scheme, n)
     codes = torch.empty(packed_shape(scheme.format.bits, n, k, scheme.packing), dtype=torch.uint8, device=w.device)
     for start, stop, at in _chunks(scheme, n, k):

@@ -45,6 +45,14 @@ def decode_element(codes: Tensor, fmt: Format) -> Tensor:
     return fmt.levels(codes.device)[codes.to(torch.int32)]
 
 
+def round_element(y: Tensor, fmt: Format, shift: Tensor | None = None) -> Tensor:
+    """The nearest level (plus `shift`, see `encode_element`) of finite `y`, float32: encode and decode in one step."""
+    if fmt.kind == "int":
+        q = torch.round(y)
+        return torch.clamp(q if shift is None else q + shift, fmt.low, fmt.max)
+    return decode_element(encode_element(y, fmt, "nearest", None, shift), fmt)
+
+
 def _encode_int(y: Tensor, fmt: Format, rounding: str, bits: Tensor | None, shift: Tensor | None) -> Tensor:
     q = round_to_integer(torch.nan_to_num(y), rounding, bits)
     if shift is not None:

@@ -16,8 +16,12 @@ from functools import lru_cache
 import torch
 
 from qcompile.errors import QCError
-from qcompile.ir.codec import dequantize
-from qcompile.ir.scheme import PerToken, Scheme
+from qcompile.ir.codec import choose_qparams, dequantize, encode
+from qcompile.ir.elements import decode_element
+from qcompile.ir.granularity import PerGroup, PerToken
+from qcompile.ir.qparams import effective_scale
+from qcompile.ir.scales import spread
+from qcompile.ir.scheme import Scheme
 
 EPILOGUE_FUNCTIONS: Mapping[str, Callable[..., torch.Tensor]] = {
     "exp": torch.exp,
@@ -196,20 +200,30 @@ def evaluate_epilogue(epilogue: str, names: Mapping[str, torch.Tensor]) -> torch
 
 
 def quantize_rows(x: torch.Tensor, act: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dynamic int8 activation codes: `q = round_half_even(x * (127 / absmax))`, `s = absmax / 127`, all in fp32.
+    """Dynamic integer activations, all in fp32, rounded to nearest even with `s = absmax / Q`.
+
+    Per token `q = round(x * (Q / absmax))`, the form that costs a kernel no division; in groups `q = round(x / s)`, as
+    the codec encodes everything else.
 
     Args:
         x: `[..., k]` fp32, finite.
-        act: a symmetric integer scheme per token.
+        act: a symmetric integer scheme, per token or in groups along k.
 
     Returns:
-        `(q, s)`: integer values held in fp32 `[..., k]`, and scales `[..., 1]`.
+        `(q, s)`: integer values held in fp32 `[..., k]`, and scales `[..., 1]` per token, `[..., k]` in groups.
     """
-    if not isinstance(act.granularity, PerToken) or act.format.kind != "int" or not act.symmetric:
+    if not isinstance(act.granularity, PerToken | PerGroup) or act.format.kind != "int" or not act.symmetric:
         raise QCError(
             "matmul.act",
             f"activation scheme {act} is not supported",
-            next="use int8/token (symmetric, one scale per row)",
+            next="use int8/token (symmetric, one scale per row) or int8/g32:fp32 (one for each 32 values)",
+        )
+    if isinstance(act.granularity, PerGroup):
+        qparams = choose_qparams(x, act)
+        cell = act.granularity.cell(x.dim())
+        return (
+            decode_element(encode(x, act, qparams), act.format),
+            spread(effective_scale(qparams, act, x.dim()), cell, x.shape),
         )
     top = act.format.max
     absmax = x.abs().amax(-1, keepdim=True)
@@ -245,6 +259,8 @@ def reference_qmm(
     scale = None
     if spec.act is not None:
         wide, scale = quantize_rows(wide, spec.act)
+        if isinstance(spec.act.granularity, PerGroup):
+            wide, scale = wide * scale, None
     segments = []
     for i, n in enumerate(spec.n):
         weight = dequantize(list(parts[i * step : (i + 1) * step]), spec.weight, n, spec.k, torch.float32)

@@ -1,7 +1,8 @@
 """The `qcompile::` operators: the border between graph passes and kernels.
 
 Each has a schema, a meta ("fake") rule and a plain-torch meaning that works on every device; kernels are only faster
-spellings of these.  Schemes travel as strings, so a graph prints what it does and caches key on it.
+spellings of these, and `reference_only` keeps them out.  Schemes travel as strings, so a graph prints what it does and
+caches key on it.
 
 | op | meaning |
 |---|---|
@@ -12,7 +13,9 @@ spellings of these.  Schemes travel as strings, so a graph prints what it does a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -33,7 +36,28 @@ for _schema in _SCHEMAS:
     LIBRARY.define(_schema, tags=_TAGS)
 
 
-def _qmm(x: torch.Tensor, parts: Sequence[torch.Tensor], extras: Sequence[torch.Tensor], spec: str) -> torch.Tensor:
+_REFERENCE_ONLY: ContextVar[bool] = ContextVar("qcompile_reference_only", default=False)
+
+
+@contextmanager
+def reference_only() -> Iterator[None]:
+    """Inside the block, in this thread, operators run their plain-torch meaning even where there are kernels."""
+    token = _REFERENCE_ONLY.set(True)
+    try:
+        yield
+    finally:
+        _REFERENCE_ONLY.reset(token)
+
+
+def reference_forced() -> bool:
+    """Whether this is a `reference_only` block."""
+    return _REFERENCE_ONLY.get()
+
+
+def qmm_reference(
+    x: torch.Tensor, parts: Sequence[torch.Tensor], extras: Sequence[torch.Tensor], spec: str
+) -> torch.Tensor:
+    """The plain-torch meaning of `qmm`."""
     return reference_qmm(x, parts, extras, MatmulSpec.parse(spec))
 
 
@@ -101,7 +125,7 @@ def _qmm_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     return dx, [None] * len(parts), bias, None
 
 
-for _name, _meaning, _meta in (("qmm", _qmm, _fake_qmm), ("decode", _decode, _fake_decode)):
+for _name, _meaning, _meta in (("qmm", qmm_reference, _fake_qmm), ("decode", _decode, _fake_decode)):
     LIBRARY.impl(_name, _meaning, "CompositeExplicitAutograd")
     torch.library.register_fake(f"qcompile::{_name}", _meta, lib=LIBRARY)
 # A lookup is gather and shifts: spelled out in the graph, Inductor makes one pointwise kernel of it.

@@ -23,6 +23,7 @@ class Decision:
         site: the site.
         weight: weight scheme, `None` when the site stays float.
         act: activation scheme, `None` when activations are used exactly.
+        fit: how the weight's scales are chosen (see `qcompile.ir.fit`).
         kernel: name of the lowering that was chosen ("cpu-avx2", "reference", ...), "" for float.
         reason: why it stays float, or a remark.
         bytes_before: bytes of the float weight (0 when another site already counts it).
@@ -36,6 +37,7 @@ class Decision:
     site: Site
     weight: Scheme | None = None
     act: Scheme | None = None
+    fit: str = "minmax"
     kernel: str = ""
     reason: str = ""
     bytes_before: int = 0

@@ -18,6 +18,7 @@ import torch
 
 from qcompile.errors import QCError, suggest
 from qcompile.ir.codec import dequantize, quantize
+from qcompile.ir.fit import FITS, why_unfit
 from qcompile.ir.scheme import Scheme
 from qcompile.plan.site import KINDS, Site
 
@@ -37,8 +38,9 @@ class Rule:
         path: glob on the weight's module path.
         kind: kinds of site.
         min_weights: smallest number of weight elements.
-        min_sqnr: apply only where `weight` keeps at least this signal-to-noise ratio (dB) on this very weight;
-            otherwise the next rules are tried.
+        min_sqnr: apply only where `weight` keeps at least this signal-to-noise ratio (dB) on this very weight, with
+            scales that span its range; otherwise the next rules are tried.
+        fit: how the weight's scales are chosen: "minmax" spans its range, "mse" searches for the smallest squared error.
     """
 
     weight: Scheme | None
@@ -47,6 +49,7 @@ class Rule:
     kind: tuple[str, ...] = _WEIGHTS
     min_weights: int = 0
     min_sqnr: float = -math.inf
+    fit: str = "minmax"
 
     def __post_init__(self) -> None:
         weight = self.weight
@@ -57,6 +60,11 @@ class Rule:
                 why=f"{weight.format} without a zero point or a minimum has no values below zero",
                 next=f"write {weight}+m, or a signed format such as int{weight.format.bits}/{weight.granularity}",
             )
+        if self.fit not in FITS:
+            found = suggest(self.fit, FITS)
+            raise QCError("recipe.fit", f"unknown fit {self.fit!r}{found}", next=f"use {', '.join(FITS)}")
+        if weight is not None and (why := why_unfit(self.fit, weight)):
+            raise QCError("recipe.fit", f"no fit {self.fit!r} for {weight}", why=why, next="use fit='minmax'")
         for kind in self.kind:
             if kind not in KINDS:
                 raise QCError("recipe.kind", f"unknown site kind {kind!r}{suggest(kind, KINDS)}", next=f"use {KINDS}")
@@ -97,6 +105,7 @@ class Choice:
     act: Scheme | None
     rule: int
     reason: str = ""
+    fit: str = "minmax"
 
 
 @dataclass(frozen=True)
@@ -123,7 +132,8 @@ class Recipe:
                     passed_over = f"{rule.weight} keeps only {found:.1f} dB here, the recipe asks for {rule.min_sqnr:g}"
                     continue
             act = rule.act if site.kind in _MATMULS else None
-            return Choice(rule.weight, act, index, passed_over if rule.weight else f"rule {index} keeps it float")
+            reason = passed_over if rule.weight else f"rule {index} keeps it float"
+            return Choice(rule.weight, act, index, reason, rule.fit)
         return Choice(None, None, -1, passed_over or f"no rule of recipe {self.name!r} matches")
 
     def unused(self, choices: Iterable[Choice]) -> list[Rule]:
@@ -209,35 +219,25 @@ def _uniform(weight: Scheme, act: Scheme | None, name: str) -> Recipe:
     return Recipe((Rule(weight, act),), name)
 
 
-def _preset(name: str, linear: str, act: str | None = None, table: str = "int8/axis0:fp32") -> Recipe:
-    """Linear layers get `linear`; embeddings and the head, where small errors hurt most, stay at 8 bits."""
-    wide = Scheme.parse(table)
-    return Recipe(
-        (
-            Rule(wide, kind=("embedding", "head")),
-            Rule(Scheme.parse(linear), Scheme.parse(act) if act else None, kind=("linear", "bmm")),
-        ),
-        name,
-    )
+def _linear(weight: str, act: str = "", **more: Any) -> Rule:
+    return Rule(Scheme.parse(weight), Scheme.parse(act) if act else None, kind=("linear", "bmm"), **more)
 
 
-_INT4 = "uint4/g32:fp16+m"
-PRESETS: Mapping[str, Recipe] = {
-    # 30 dB is a relative weight error of 3 %; 8-bit rows keep about 40 dB, 4-bit groups of a Gaussian weight
-    # about 21.
-    "auto": Recipe(
-        (
-            Rule(Scheme.parse("int8/axis0:fp32"), kind=("embedding", "head")),
-            Rule(Scheme.parse(_INT4), kind=("linear", "bmm"), min_sqnr=30.0),
-            Rule(Scheme.parse("int8/axis0:fp32"), kind=("linear", "bmm")),
-        ),
-        "auto",
-    ),
-    "int8": _preset("int8", "int8/axis0:fp32"),
-    "int4": _preset("int4", _INT4),
-    "nf4": _preset("nf4", "nf4/g64:fp16"),
-    "w8a8": _preset("w8a8", "int8/axis0:fp32", "int8/token:fp32"),
-    "w4a8": _preset("w4a8", _INT4, "int8/token:fp32"),
-    "none": Recipe((), "none"),
+_INT8, _INT4 = "int8/g64:fp16", "uint4/g32:fp16+m"
+# One outlier in a row of activations would cost all of its other values their resolution; in a group it costs 31.
+_ACT8 = "int8/g32:fp32"
+# Embeddings and the head, where small errors hurt most, stay at 8 bits.
+_TABLES = Rule(Scheme.parse(_INT8), kind=("embedding", "head"))
+_RULES = {
+    # 30 dB is a relative weight error of 3 %; 8-bit groups keep about 43 dB, 4-bit groups of a Gaussian weight about 21.
+    "auto": (_linear(_INT4, fit="mse", min_sqnr=30.0), _linear(_INT8)),
+    "int8": (_linear(_INT8),),
+    "int4": (_linear(_INT4, fit="mse"),),
+    "nf4": (_linear("nf4/g64:fp16"),),
+    "w8a8": (_linear(_INT8, _ACT8),),
+    "w4a8": (_linear(_INT4, _ACT8, fit="mse"),),
+}
+PRESETS: Mapping[str, Recipe] = {name: Recipe((_TABLES, *rules), name) for name, rules in _RULES.items()} | {
+    "none": Recipe((), "none")
 }
 __all__ = ["PRESETS", "Choice", "Recipe", "Rule", "sqnr_db"]

@@ -59,6 +59,8 @@ class FrozenCall:
         # calling for another module.
         self._state = _State((), -1, ())
         self._states: dict[tuple[object, ...], _State] = {}
+        for slot in self.slots:
+            slot.entry.users.add(self)
 
     def __call__(self, *args: Any) -> Any:
         roots = self._roots(args)
@@ -87,7 +89,8 @@ class FrozenCall:
                     # Same parameters: re-encoded in place. Other parameters (a new module, `assign=True`):
                     # another entry, because the old one may still serve its owner.
                     roots = [args[i] for i in slot.roots]
-                    done[id(old)] = self.store.entry(roots, old.expression, old.scheme)
+                    done[id(old)] = self.store.entry(roots, old.expression, old.scheme, old.fit)
+                    done[id(old)].users.add(self)
                 slot.entry = done[id(old)]
             packed = tuple(slot.entry.parts[slot.part] for slot in self.slots)
             state = self._states[who] = _State(seen, epoch, packed)

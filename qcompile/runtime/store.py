@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -55,13 +55,17 @@ class Entry:
         parts: the packed tensors; rewritten in place as long as the weight keeps its shape, dtype and device.
         shape: shape of the float weight.
         encodes: how often it was encoded (1 unless the weight changed).
+        users: the compiled graphs that read it, as long as they live.
     """
 
-    def __init__(self, roots: Sequence[torch.Tensor], expression: WeightExpression, scheme: Scheme | None) -> None:
-        self.expression, self.scheme = expression, scheme
+    def __init__(
+        self, roots: Sequence[torch.Tensor], expression: WeightExpression, scheme: Scheme | None, fit: str = "minmax"
+    ) -> None:
+        self.expression, self.scheme, self.fit = expression, scheme, fit
         self.shape: tuple[int, ...] = ()
         self.parts: list[torch.Tensor] = []
         self.encodes = 0
+        self.users: weakref.WeakSet[object] = weakref.WeakSet()
         self._roots = [weakref.ref(root) for root in roots]
         self._seen: tuple[Stamp, ...] = ()
         self.encode(roots)
@@ -84,7 +88,7 @@ class Entry:
                 fresh = [weight.contiguous().clone()]
             else:
                 try:
-                    fresh = quantize(weight, self.scheme)
+                    fresh = quantize(weight, self.scheme, fit=self.fit)
                 except QCError as error:
                     raise error.at(self.expression.where) from error
             if len(self.parts) == len(fresh) and all(map(_alike, self.parts, fresh)):
@@ -118,7 +122,7 @@ class Entry:
         return math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal else -math.inf
 
 
-Key = tuple[tuple[int, ...], str, str]
+Key = tuple[tuple[int, ...], str, str, str]
 
 
 def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -134,7 +138,7 @@ class _Root:
 
 
 class Store:
-    """Entries by (parameters, expression, scheme). Holds parameters weakly: an entry dies with its first
+    """Entries by (parameters, expression, scheme, fit). Holds parameters weakly: an entry dies with its first
     parameter.
 
     `epoch` moves whenever an entry was marked stale or dropped, so that a frozen graph sees with one integer
@@ -151,17 +155,19 @@ class Store:
     def __iter__(self) -> Iterator[Entry]:
         return iter(list(self._entries.values()))
 
-    def entry(self, roots: Sequence[torch.Tensor], expression: WeightExpression, scheme: Scheme | None) -> Entry:
+    def entry(
+        self, roots: Sequence[torch.Tensor], expression: WeightExpression, scheme: Scheme | None, fit: str = "minmax"
+    ) -> Entry:
         """The entry of a weight, encoded now if it is new or stale.
 
         Raises:
             QCError: from the codec (NaN or Inf in the weight, ...), naming the module path.
         """
-        key = (tuple(map(id, roots)), expression.text, str(scheme))
+        key = (tuple(map(id, roots)), expression.text, str(scheme), fit)
         with self.lock:
             entry = self._entries.get(key)
             if entry is None:
-                entry = self._entries[key] = Entry(roots, expression, scheme)
+                entry = self._entries[key] = Entry(roots, expression, scheme, fit)
             elif entry.stale(roots):
                 entry.encode(roots)
             else:
@@ -173,6 +179,16 @@ class Store:
     def mark(self, tensors: Sequence[torch.Tensor]) -> int:
         """Mark every entry made from these tensors stale; returns how many there were."""
         return self._forget([id(tensor) for tensor in tensors])
+
+    def drop_unused(self, entries: Iterable[Entry]) -> None:
+        """Let go of those entries that no compiled graph reads. A graph that is being compiled meanwhile encodes its
+        weight again."""
+        with self.lock:
+            unused = {id(entry) for entry in entries if not entry.users}
+            for key in [key for key, entry in self._entries.items() if id(entry) in unused]:
+                self._entries.pop(key, None)  # a parameter may die just now, and take its entries with it
+                for root in key[0]:
+                    self._roots.get(root, _Root()).keys.discard(key)
 
     def _watch(self, root: torch.Tensor, key: Key) -> None:
         known = self._roots.get(id(root))

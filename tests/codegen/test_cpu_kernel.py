@@ -43,6 +43,9 @@ SPECS = [
     spec_of("uint4/g64:fp16+z", "int8/token"),
     spec_of("uint3/g96:bf16+m", "int8/token"),
     spec_of("e2m1/g32:e8m0", "int8/token"),
+    spec_of("int8/g64:fp16", "int8/g32:fp32"),
+    spec_of("uint5/axis0:fp32+z", "int8/g64:fp32"),
+    spec_of("uint4/g32:fp16+m", "int8/g32:fp32"),
 ]
 # Formats that share the code paths above: the best instruction set is enough.
 MORE_SPECS = [
@@ -55,6 +58,8 @@ MORE_SPECS = [
     spec_of("e3m2/g32:e8m0"),
     spec_of("e2m3/tensor", "int8/token"),
     spec_of("e5m2/axis0"),
+    spec_of("nf4/axis0", "int8/g96:fp32"),
+    spec_of("uint4/g192:fp16+z", "int4/g96:fp32"),
 ]
 # The portable fragments have one kind of sum, so half of the specs reach all of their code.
 CASES = [(s, isa) for s in SPECS for isa in RUNNABLE if isa != "portable"]
@@ -128,7 +133,7 @@ def test_int8_sums_are_exact(weight_scheme: str, isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", RUNNABLE)
-@pytest.mark.parametrize("act", ["", "int8/token"])
+@pytest.mark.parametrize("act", ["", "int8/token", "int8/g32:fp32"])
 def test_extreme_codes_do_not_saturate(act: str, isa: str) -> None:
     """Largest codes against largest activations: where 16-bit sums would overflow or 8-bit products
     saturate."""
@@ -145,10 +150,11 @@ def test_extreme_codes_do_not_saturate(act: str, isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", RUNNABLE)
-def test_a_long_k_does_not_overflow(isa: str) -> None:
+@pytest.mark.parametrize("act", ["int8/token", "int8/g512:fp32"])
+def test_a_long_k_does_not_overflow(act: str, isa: str) -> None:
     """Largest codes and activations beyond the K where their int32 sum would overflow."""
     n, k = 16, 2 * LONG_K + 70
-    what = MatmulSpec(Scheme.parse("uint8/axis0:fp32+z"), (n,), k, Scheme.parse("int8/token"))
+    what = MatmulSpec(Scheme.parse("uint8/axis0:fp32+z"), (n,), k, Scheme.parse(act))
     spec = KernelSpec.of(what, "f32", "f32")
     parts = [pack_codes(torch.full((n, k), 255, dtype=torch.uint8), 8)]
     parts += [pack_scales(torch.ones(n, 1)), pack_scales(torch.zeros(n, 1, dtype=torch.uint8))]
@@ -160,7 +166,7 @@ def test_a_long_k_does_not_overflow(isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", RUNNABLE)
-@pytest.mark.parametrize("spec", [SPECS[0], SPECS[4], SPECS[6]], ids=str)
+@pytest.mark.parametrize("spec", [SPECS[0], SPECS[4], SPECS[6], SPECS[-1]], ids=str)
 def test_a_bad_row_is_nan_and_others_are_untouched(spec: KernelSpec, isa: str) -> None:
     for m in (6, 20):
         x, parts = torch.randn(m, 100), quantize(weight(24, 100, 0), spec.weight)
@@ -174,9 +180,10 @@ def test_a_bad_row_is_nan_and_others_are_untouched(spec: KernelSpec, isa: str) -
 
 
 @pytest.mark.parametrize("isa", RUNNABLE)
-def test_subnormal_rows_follow_the_reference(isa: str) -> None:
-    """absmax so small that 127 / absmax overflows: the reference clamps the codes to -127, 0 and 127."""
-    spec = MatmulSpec(Scheme.parse("int8/axis0"), (16,), 64, Scheme.parse("int8/token"))
+@pytest.mark.parametrize("act", ["int8/token", "int8/g64:fp32"])
+def test_subnormal_rows_follow_the_reference(act: str, isa: str) -> None:
+    """absmax so small that 127 / absmax overflows: the reference clamps the codes to -127, 0 and 127, or the scale."""
+    spec = MatmulSpec(Scheme.parse("int8/axis0"), (16,), 64, Scheme.parse(act))
     x = torch.zeros(2, 64)
     x[0, 3], x[0, 5], x[1, 7] = 2.0**-140, -(2.0**-149), 1.0
     parts = quantize(torch.full((16, 64), 2.0**100), spec.weight)
@@ -239,6 +246,9 @@ def test_pair_epilogue(isa: str) -> None:
         ("int4/g32:fp16@rows", "", "rows"),
         ("int4/g32:fp16", "uint8/token:fp32+z", "activation"),
         ("int4/g32:fp16", "e4m3/token", "activation"),
+        ("int4/g32:fp16", "int8/g64:fp32", "divide"),
+        ("int4/axis0", "int8/g16:fp32", "activation"),
+        ("int4/axis0", "int8/g32:fp16", "activation"),
     ],
 )
 def test_refusals_have_a_reason(weight_scheme: str, act: str, word: str) -> None:

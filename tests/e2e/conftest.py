@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_disk_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    # Workers of one run share the folder: kernels are built once.
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "inductor"
+def _own_disk_cache(disk_cache: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(disk_cache))
         yield
 
 

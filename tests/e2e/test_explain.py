@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from qcompile import Recipe, Rule, Scheme, explain
+from qcompile import Pass, QCError, Recipe, Rule, Scheme, explain
 from qcompile.backend import watching
+from qcompile.ledger import Explanation, Row, summarize
 from qcompile.plan.recipe import sqnr_db
 from qcompile.runtime.store import STORE
 from tests.e2e.models import TinyLM
-from tests.e2e.support import RECIPE, compiled
+from tests.e2e.support import RECIPE, compiled, encodes_during
 from tests.e2e.test_modes import Broken
 
 INT8, INT4 = Scheme.parse(RECIPE), Scheme.parse("uint4/g32:fp16+m")
@@ -19,9 +23,8 @@ INT8, INT4 = Scheme.parse(RECIPE), Scheme.parse("uint4/g32:fp16+m")
 
 def test_rows_of_a_language_model() -> None:
     model, ids = TinyLM(layers=1, bias=True).eval(), torch.randint(0, 128, (2, 5))
-    known = {id(entry) for entry in STORE}
-    found = explain(model, ids, recipe="int4")
-    new = [entry for entry in STORE if id(entry) not in known]
+    recipe = Recipe((Rule(INT8, kind=("embedding", "head")), Rule(INT4)), "mine")
+    found = explain(model, ids, recipe=recipe)
     rows = {(row.kind, row.path): row for row in found}
     assert len(rows) == len(found.rows)
 
@@ -40,11 +43,14 @@ def test_rows_of_a_language_model() -> None:
     assert attention.flops == 4 * 2 * 4 * 5 * 5 * 16
     total = sum(row.flops for row in found)
     assert found.coverage == (total - attention.flops) / total
-    assert found.bytes_after == sum(entry.nbytes for entry in new)  # the joined biases too
+    with torch.no_grad(), watching("reference") as trace:
+        compiled(model, recipe)(ids)
+    held = {id(item.entry): item.entry.nbytes for item in trace.contexts[0].packed}
+    assert found.bytes_after == sum(held.values())  # the joined biases too
     assert found.graphs == 1
     text = str(found)
     assert "layers.0.1.down.weight" in text
-    assert "int4" in text
+    assert "recipe mine" in text
 
 
 def test_the_same_rows_as_the_backend() -> None:
@@ -62,16 +68,19 @@ def test_the_same_rows_as_the_backend() -> None:
 def test_graph_breaks() -> None:
     """Two graphs; a weight that both read is counted once; a rule used in one of them is used."""
     recipe = Recipe((Rule(INT4, path="b.*"), Rule(INT8, path="a.*"), Rule(INT8, path="c.*")), "mine")
-    known = {id(entry) for entry in STORE}
-    model = Broken().eval()
-    found = explain(model, torch.randn(3, 64), recipe=recipe)
+    model, x = Broken().eval(), torch.randn(3, 64)
+    found = explain(model, x, recipe=recipe)
     assert [(row.graph, row.path) for row in found] == [(0, "a.weight"), (1, "b.weight"), (1, "a.weight")]
     assert found.graphs == 2
     assert found.coverage == 1.0
     assert found.rows[2].bytes_after == 0
-    assert found.bytes_after == sum(entry.nbytes for entry in STORE if id(entry) not in known)
+    with torch.no_grad(), watching("reference") as trace, warnings.catch_warnings(action="ignore"):
+        compiled(model, recipe)(x)
+    held = {id(item.entry): item.entry.nbytes for ctx in trace.contexts for item in ctx.packed}
+    assert found.bytes_after == sum(held.values())
     assert found.unused_rules == (str(Rule(INT8, path="c.*").to_json()),)
-    assert "c.*" in str(found)
+    assert found.notes == (f"this rule of the recipe matched no site: {found.unused_rules[0]}",)
+    assert f"note: {found.notes[0]}" in str(found)
 
 
 class Sandwich(nn.Module):
@@ -105,7 +114,7 @@ def test_explaining_often_uses_nothing_up() -> None:
 
 def test_explain_of_a_compiled_model_and_of_a_function() -> None:
     model, x = nn.Linear(8, 8).eval(), torch.randn(2, 8)
-    assert [row.path for row in explain(compiled(model), x, recipe=RECIPE)] == ["weight"]
+    assert [(row.path, row.source) for row in explain(compiled(model), x, recipe=RECIPE)] == [("weight", "")]
     w = nn.Parameter(torch.randn(8, 8))
     assert explain(lambda x: x @ w, x, recipe=RECIPE).coverage == 1.0
 
@@ -131,3 +140,102 @@ def test_reasons() -> None:
     assert "both operands" in reasons["bmm"]
     assert "not a parameter" in reasons["linear"]
     assert reasons["linearkept.weight"] == "rule 0 keeps it float"
+
+
+class Remark(Pass):
+    name = "remark"
+
+    def run(self, gm: torch.fx.GraphModule, ctx: Any) -> None:
+        ctx.plan.notes.append("seen")
+
+
+def test_notes_of_passes_name_their_graph() -> None:
+    options = {"passes": {"insert": [("before", "detect", Remark())]}}
+    one = explain(nn.Linear(8, 8).eval(), torch.randn(2, 8), recipe=RECIPE, options=options)
+    assert one.notes == ("seen",)
+    two = explain(Sandwich().eval(), torch.randn(2, 8), recipe=RECIPE, options=options)
+    assert two.notes == ("graph 0: seen", "graph 1: seen")
+    assert explain(nn.Linear(8, 8).eval(), torch.randn(2, 8), recipe=RECIPE).notes == ()
+
+
+def test_notes_of_compiled_graphs() -> None:
+    """`summarize` on what was compiled: weights that stay float are counted, outlining says what it did."""
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(2, 8)
+    with watching("reference") as trace, warnings.catch_warnings(action="ignore"):
+        compiled(model, "int8")(x)
+    assert summarize(trace.contexts).notes == ("2 weights stay float: autograd is recording, so they may be trained",)
+    torch._dynamo.reset()
+    with torch.no_grad(), watching() as trace:
+        compiled(model, "none")(x)
+    (note,) = summarize(trace.contexts).notes
+    assert note.startswith("outline: compiled in one piece")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "unit", "cell"),
+    [
+        (256, 64, "B", "256 -> 64"),
+        (4096, 1088, "kB", "4.10 -> 1.09"),
+        (51_200_000, 6_553, "MB", "51.2 -> 0.00655"),
+        (2_000_000_000, 1_234_567_890, "GB", "2.00 -> 1.23"),
+        (999_400, 1, "kB", "999 -> 0.00100"),
+    ],
+)
+def test_the_unit_leaves_three_digits(before: int, after: int, unit: str, cell: str) -> None:
+    row = Row(0, "linear", "w", "", (1, 8, 8), RECIPE, "k", 1, before, after, None, "")
+    text = str(Explanation((row,), 1.0, 1, "mine", ()))
+    assert cell in text
+    first, second = cell.split(" -> ")
+    assert f"{first} {unit} -> {second} {unit}" in text
+
+
+def test_only_what_compiled_graphs_use_stays_in_the_store() -> None:
+    model, x = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)).eval(), torch.randn(2, 32)
+    known = STORE.nbytes
+    first = explain(model, x, recipe=RECIPE)
+    assert first.bytes_after > 0
+    assert STORE.nbytes == known
+    with torch.no_grad(), watching("reference"):
+        run = compiled(model)
+        want = run(x)
+        held = list(STORE)
+        assert explain(model, x, recipe=RECIPE).rows == first.rows  # shared entries are counted all the same
+        explain(model, x, recipe="int4")
+        assert list(map(id, STORE)) == list(map(id, held))
+        assert encodes_during(lambda: run(x)) == 0
+        assert torch.equal(run(x), want)
+        model[0].weight.mul_(2)  # the entries are still watched
+        assert encodes_during(lambda: run(x)) == 1
+
+
+def test_an_explanation_that_fails_leaves_nothing_behind() -> None:
+    class Last(Pass):
+        name = "last"
+
+        def run(self, gm: torch.fx.GraphModule, ctx: Any) -> None:
+            raise ValueError("after freeze")
+
+    known = STORE.nbytes
+    with pytest.raises(QCError, match="after freeze"):
+        explain(
+            nn.Linear(8, 8).eval(), torch.randn(2, 8), recipe=RECIPE,
+            options={"passes": {"insert": [("after", "freeze", Last())]}},
+        )  # fmt: skip
+    assert STORE.nbytes == known
+
+
+def test_one_entry_serves_several_modules_of_a_graph() -> None:
+    """A graph that modules share reads the entries of all of them, also of the one that was not called last."""
+    models, x = [nn.Linear(32, 32).eval() for _ in range(2)], torch.randn(2, 32)
+
+    def call(layer: nn.Module, x: Tensor) -> Tensor:
+        return layer(x)
+
+    with torch.no_grad(), watching("reference"):
+        run = compiled(call)
+        for model in models:
+            run(model, x)
+        held = list(STORE)
+        STORE.drop_unused(held)
+        assert [entry for entry in held if entry.users] == [entry for entry in STORE if entry.users]
+        assert encodes_during(lambda: [run(model, x) for model in models]) == 0

@@ -1,24 +1,20 @@
-"""The ways people run models: modes, dtypes, shapes that change, graph breaks, threads, generation, gradients."""
+"""The ways people run models: modes, dtypes, shapes that change, graph breaks, threads, fast guards."""
 
 from __future__ import annotations
 
 import copy
 import threading
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from qcompile import QCWarning
 from qcompile.backend import watching
 from qcompile.runtime.store import STORE
 from tests.e2e.models import MLP, TinyLM
 from tests.e2e.support import (
-    FLOAT,
     RECIPE,
     compiled,
     decoded,
@@ -275,126 +271,6 @@ def test_deepcopy_is_another_model(model: nn.Module, ids: Tensor) -> None:
         twin.head.weight.mul_(2)
         assert torch.equal(run(ids), before)
         assert not torch.equal(compiled(twin)(ids), before)
-
-
-# ------------------------------------------------------------------------------------------------------- generation
-@pytest.fixture(scope="module")
-def llama() -> Iterator[Any]:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, pad_token_id=0,
-        bos_token_id=1, eos_token_id=None,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).eval()
-
-
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_generate(llama: Any, cache: str) -> None:
-    """The same tokens as plain torch with the decoded weights (greedy; the logits' gaps are far above rounding)."""
-    prompt = torch.tensor([[1, 5, 9, 11, 3]])
-    settings = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": cache, "disable_compile": True}
-    plain = decoded(llama)
-    want = plain.generate(prompt, **settings)
-    logits = plain(want).logits[0, 4:-1].topk(2).values
-    model = copy.deepcopy(llama)
-    assert (logits[:, 0] - logits[:, 1]).min() > 2 * noise_bound(Logits(plain), want, step=STEP), (
-        "a tie: choose another prompt"
-    )
-    with watching("reference" if cache == "dynamic" else "compiled") as trace:
-        model.forward = compiled(model.forward)
-        got = model.generate(prompt, **settings)
-    assert got.tolist() == want.tolist()
-    assert trace.contexts
-    assert all(
-        d.quantized for ctx in trace.contexts for d in ctx.plan if d.site.kind in ("linear", "head", "embedding")
-    )
-
-
-class Logits(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.model(ids, use_cache=False).logits
-
-
-# --------------------------------------------------------------------------------------------------------- gradients
-def test_weights_that_may_be_trained_stay_float() -> None:
-    model, x = MLP(), torch.randn(3, 64)
-    with watching("reference") as trace, warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        y = compiled(model)(x)
-    assert torch.equal(y, model(x))
-    assert not any(d.quantized for d in trace.contexts[0].plan)
-    assert [w.category for w in caught if w.category is QCWarning] == [QCWarning]
-    y.sum().backward()
-    assert all(p.grad is not None for p in model.parameters())
-
-
-@pytest.mark.parametrize("real", [False, True], ids=["reference", "kernels"])
-def test_gradient_through_frozen_weights(real: bool) -> None:
-    model = MLP(bias=True).requires_grad_(False)
-    plain, x = decoded(model), torch.randn(3, 64)
-    with watching("compiled" if real else "reference") as trace:
-        moved = x.clone().requires_grad_()
-        y = compiled(model)(moved)
-        y.square().sum().backward()
-    assert all(d.quantized for d in trace.contexts[0].plan)
-    leaf = x.clone().double().requires_grad_()
-    plain.double()(leaf).square().sum().backward()
-
-    class Gradient(nn.Module):
-        """dX as a function of x, whose own sensitivity bounds the error of dX."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = plain
-
-        def forward(self, x: Tensor) -> Tensor:
-            with torch.enable_grad():
-                leaf = x.clone().requires_grad_()
-                return torch.autograd.grad(self.inner(leaf).square().sum(), leaf)[0]
-
-    # The backward multiplies by each weight once more: as many roundings again.
-    bound = 2 * noise_bound(Gradient(), x, step=STEP)
-    assert (moved.grad.double() - leaf.grad).abs().max() <= bound
-
-
-class Biases(nn.Module):
-    """Frozen weights, trained biases, one input: the biases are no constants."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(32, 16), nn.Linear(32, 16)
-        self.a.weight.requires_grad_(False)
-        self.b.weight.requires_grad_(False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.a(x) * self.b(x)
-
-
-@pytest.mark.parametrize("context", [nullcontext, torch.no_grad])
-def test_trained_biases_of_frozen_weights(context: Callable[[], Any]) -> None:
-    model, x = Biases(), torch.randn(3, 32)
-    with context(), watching("reference") as trace:
-        y = compiled(model)(x)
-    plan = trace.contexts[0].plan
-    assert all(d.quantized for d in plan)
-    if context is torch.no_grad:
-        assert [d.group for d in plan] == [0, 0]
-        return
-    y.sum().backward()
-    plain = decoded(model)
-    plain(x).sum().backward()
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            other = plain.get_parameter(name)
-            # a sum over three rows of products of 32 terms, in another order
-            size = float(other.grad.abs().max()) + 3 * 32 * 3
-            assert (parameter.grad - other.grad).abs().max() <= 2 * 40 * FLOAT * size, name
 
 
 def test_fast_guards(model: nn.Module, ids: Tensor) -> None:

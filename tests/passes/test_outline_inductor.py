@@ -9,7 +9,6 @@ equal bits.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -28,10 +27,10 @@ SCALAR = {"cpp.simdlen": 1, "cpp.threads": 1}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _own_disk_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _own_disk_cache(disk_cache: Path) -> Iterator[None]:
     """A graph that an earlier run has put into AOTAutograd's cache would never reach the inner compile."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(disk_cache))
         yield
 
 
@@ -60,12 +59,14 @@ def compiled(
     reports: list[OutlineReport] | None,
     config: dict[str, Any] | None = None,
     inner: Callable[..., Any] | None = None,
+    key: str = "test outline",
     **kwargs: Any,
 ) -> Callable[..., Any]:
-    """Through compile_fx: outlined when `reports` is a list to fill, in one piece when it is None."""
+    """Through compile_fx: outlined when `reports` is a list to fill, in one piece when it is None. Graphs of another
+    `key` are found in no cache."""
 
     def backend(gm: Any, inputs: Any) -> Any:
-        patches = compat.Fingerprint.patch(f"test outline {reports is not None}", config or {})
+        patches = compat.Fingerprint.patch(f"{key} {reports is not None}", config or {})
         build = inner if reports is None else outline(inner, min_nodes=8, report=reports.append)
         return compat.compile_fx(gm, inputs, inner_compile=build, config=patches)
 
@@ -260,17 +261,16 @@ import test_outline_inductor as t
 from torch._dynamo.utils import counters
 model, reports = t.Stack(), []
 with torch.no_grad():
-    found = t.run_stack(model, t.compiled(model, reports), torch.float32, (6, 4))
+    found = t.run_stack(model, t.compiled(model, reports, key="two processes"), torch.float32, (6, 4))
 sums = [float(f[0].double().sum()) for f in found if isinstance(f, tuple)]
 print(json.dumps([sums, [str(r) for r in reports], dict(counters["inductor"])]))
 """
 
 
-def test_a_second_process_finds_every_segment_in_the_cache(tmp_path: Path) -> None:
-    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+def test_a_second_process_finds_every_segment_in_the_cache() -> None:
     command = [sys.executable, "-c", CHILD, str(Path(__file__).parent)]
     runs = [
-        json.loads(subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+        json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
         for _ in range(2)
     ]
     (first, reports, cold), (second, again, warm) = runs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -9,11 +10,14 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from qcompile import Pass, PassContext, QCError
+from qcompile import Pass, PassContext, QCError, default_passes
 from qcompile.backend import DEFAULT_PASSES, watching
+from qcompile.options import Options
 from qcompile.passes.base import Stage
 from qcompile.passes.late.outline_pass import Outline
 from qcompile.passes.match import drop_dead, effects_before, op_name, writes
+from qcompile.passes.rewrite.merge import Merge
+from qcompile.passes.rewrite.resolve import Resolve
 from tests.e2e.models import TinyLM
 from tests.passes.graphs import RECIPE, Functional, context, dynamo_graph, post_graph, run
 
@@ -26,6 +30,15 @@ def test_the_lists_are_complete() -> None:
     assert len(DYNAMO) + len(POST) + 1 == len(DEFAULT_PASSES)
     assert isinstance(DEFAULT_PASSES[-1], Outline)
     assert len(set(NAMES)) == len(NAMES)
+
+
+def test_the_public_list_says_what_each_pass_is() -> None:
+    listed = default_passes()
+    assert [item.name for item in listed] == NAMES
+    for index, (one, item) in enumerate(zip(listed, DEFAULT_PASSES, strict=True)):
+        assert (one.stage, one.requires) == (item.stage, item.requires)
+        assert one.description.endswith("."), "the first line of the docstring is shown alone"
+        assert set(one.requires) <= set(NAMES[:index])
 
 
 def empty() -> fx.GraphModule:
@@ -171,6 +184,79 @@ def test_late_pass_sees_the_functional_graph() -> None:
     assert "1 qmm" in ctx.plan.notes
 
 
+def test_dropping_freeze_leaves_every_site_float() -> None:
+    model, x = Functional(lambda y: y, (16,)), torch.randn(3, 32)
+    y, ctx = call({"drop": ["freeze"]}, x, model)
+    assert torch.equal(y, model(x))
+    assert [d.reason for d in ctx.plan if not d.quantized] == [
+        "no pass packed this weight (is `freeze` in the list of passes?)"
+    ]
+
+
+class Planner(Pass):
+    """Stands in the place of `resolve`, under a name of its own."""
+
+    name: ClassVar[str] = "planner"
+    requires: ClassVar[tuple[str, ...]] = ("detect",)
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> None:
+        Resolve().run(gm, ctx)
+
+
+class Behind(Pass):
+    """A late pass that builds on an early one: stages run one after the other, wherever it was inserted."""
+
+    name: ClassVar[str] = "behind"
+    stage: ClassVar[Stage] = "post"
+    requires: ClassVar[tuple[str, ...]] = ("freeze",)
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [
+        {"replace": {"resolve": Planner()}},
+        {"insert": [("before", "canonicalize", Behind())]},
+        {"drop": ["resolve", "merge", "freeze"]},
+        {"drop": ["detect", "resolve", "merge", "freeze"]},
+        *({"drop": [item.name]} for item in DEFAULT_PASSES if item.name not in ("detect", "resolve")),
+    ],
+    ids=str,
+)
+def test_lists_that_are_in_order(edits: dict[str, Any]) -> None:
+    Options(passes=edits).passes.apply(DEFAULT_PASSES)
+
+
+@pytest.mark.parametrize(
+    ("edits", "words", "step"),
+    [
+        ({"drop": ["detect"]}, "pass 'resolve' requires 'detect', which is not in the list", "keep 'detect'"),
+        ({"drop": ["resolve"]}, "pass 'merge' requires 'resolve', which is not in the list", "drop 'merge' too"),
+        ({"drop": ["freeze"], "insert": [("after", "merge", Behind())]}, "'behind' requires 'freeze'", "keep 'freeze'"),
+        (
+            {"replace": {"resolve": Merge(), "merge": Resolve()}},
+            "pass 'merge' requires 'resolve', which comes later",
+            "move 'resolve' before it",
+        ),
+        (
+            {"insert": [("before", "detect", Planner())]},
+            "'planner' requires 'detect', which comes later",
+            "move 'detect'",
+        ),
+    ],
+    ids=str,
+)
+def test_a_pass_without_what_it_requires_is_refused(edits: dict[str, Any], words: str, step: str) -> None:
+    with pytest.raises(QCError, match=words) as caught:
+        Options(passes=edits).passes.apply(DEFAULT_PASSES)
+    assert caught.value.code == "passes.order"
+    assert step in caught.value.next
+    with pytest.raises(QCError, match=words):  # also from the backend, in the call that compiles
+        call(edits, torch.randn(3, 32), Functional(lambda y: y, (16,)))
+
+
 @pytest.mark.parametrize("item", [Failing(), Dangling()], ids=lambda item: item.name)
 def test_failing_pass(item: Pass) -> None:
     model, x = Functional(lambda y: y, (16,)), torch.randn(3, 32)
@@ -246,6 +332,37 @@ def test_dump_writes_every_pass_of_every_graph(tmp_path: Path) -> None:
             want = ["00_input.txt", *(f"{i:02d}_{item.name}.txt" for i, item in enumerate(passes, 1))]
             assert sorted(path.name for path in folder.iterdir()) == want
     assert "qmm" in (tmp_path / "01_dynamo" / f"{len(DYNAMO):02d}_freeze.txt").read_text()
+
+
+def test_dump_shows_what_each_pass_planned(tmp_path: Path) -> None:
+    """The passes that leave the graph as it is are told apart by the plan under it."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(32, 16, bias=False), nn.Linear(32, 16, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.a(x) @ self.b(x).t()).relu()
+
+    with torch.no_grad(), watching("reference"):
+        torch.compile(Twice(), backend="qcompile", options={"recipe": RECIPE, "dump": tmp_path})(torch.randn(3, 32))
+    texts = {path.stem.partition("_")[2]: path.read_text() for path in (tmp_path / "00_dynamo").iterdir()}
+    graph, _, _ = texts["detect"].partition("# plan")
+    assert texts["canonicalize"] == graph  # no plan yet: no block
+    for name in ("resolve", "merge"):
+        assert texts[name].startswith(graph + "# plan\n")
+    found = {name: [re.split(r"  +", line) for line in text.splitlines() if line.startswith("# ")][1:]
+             for name, text in texts.items()}  # fmt: skip
+    names, first, _, product = found["detect"]
+    assert names == ["# site", "path", "scheme", "kernel", "group", "reason"]
+    assert first == ["# 0", "a.weight", "float", "-", "-"]
+    assert product[:3] == ["# 2", "bmm", "float"]
+    assert "both operands are activations" in product[5]
+    kernel = found["resolve"][1][3]
+    assert kernel.startswith("cpu-")
+    assert found["resolve"][1] == ["# 0", "a.weight", RECIPE, kernel, "-"]
+    assert found["merge"][1:3] == [["# 0", "a.weight", RECIPE, kernel, "0"], ["# 1", "b.weight", RECIPE, kernel, "0"]]
 
 
 # -------------------------------------------------------------------------------------------------- reading of graphs

@@ -92,10 +92,10 @@ def test_presets_are_data(name: str, tmp_path: Path) -> None:
 
 
 def test_every_field_survives_json() -> None:
-    rule = Rule(INT4, ACT, "a.*", ("linear", "bmm"), 1000, 25.0)
+    rule = Rule(INT4, ACT, "a.*", ("linear", "bmm"), 1000, 25.0, "mse")
     assert rule.to_json() == {
         "weight": str(INT4), "act": str(ACT), "path": "a.*", "kind": ["linear", "bmm"], "min_weights": 1000,
-        "min_sqnr": 25.0,
+        "min_sqnr": 25.0, "fit": "mse",
     }  # fmt: skip
     assert Rule.from_json(rule.to_json()) == rule
     assert Rule.from_json({"weight": None}) == Rule(None)
@@ -131,6 +131,10 @@ def test_rules_are_checked() -> None:
         Rule(INT4, kind=("liner",))
     with pytest.raises(QCError, match="did you mean 'weight'"):
         Rule.from_json({"wieght": "int4/g32:fp16"})
+    with pytest.raises(QCError, match="did you mean 'mse'"):
+        Rule(INT4, fit="msse")
+    with pytest.raises(QCError, match="one scale per row or per group"):
+        Rule(Scheme.parse("int8/tensor"), fit="mse")
 
 
 def test_coverage_counts_flops() -> None:

@@ -1,27 +1,30 @@
 // Rows of x as small integers, laid out so that one 4-byte (or 8-byte) broadcast feeds 16 outputs: [k / 4][row][digits].
-//   DIGITS 1: dynamic int8 per row, q = round(x * (TOP / absmax)): the same formula in fp32 as the reference.
+//   DIGITS 1: dynamic int8 with the reference's formula in fp32. One scale per row: q = round(x * (TOP / absmax)), s =
+//             absmax / TOP. One scale for each AB blocks: s the same, q = round(x / s).
 //   DIGITS 2: x itself, as 16-bit integers with one scale for each 32 k: |x - s q| <= s / 2 with s = absmax / 32639,
 //             and 32639 = 127 * 256 + 127 is the largest integer whose two signed bytes both fit.
 // A row with a NaN or an Inf gets the scale NaN, and its digits are never looked at.
 constexpr Digits FORM = Dot::FORM;
 constexpr int XB = digit_bytes(FORM);
+constexpr bool STEPPED = AB > 0;  // x has a scale for each AB blocks of 32 k
 
 struct Rows {       // a block of R rows
   int8_t* x;        // [K / 4][R][XB]
-  int32_t* start;   // [units][R]: -OFFSET * sum(q), where a sum of products begins. Unit: a group; a block for DIGITS 2
-  float* step;      // [K / 32][R]: scale of a block (DIGITS 2)
-  float* sums;      // [groups][R]: sum of the (scaled, DIGITS 2) digits, for zero points and minimums
+  int32_t* start;   // [units][R]: -OFFSET * sum(q), where a sum of products begins. Unit: AB blocks, or a weight's group
+  float* step;      // [units][R]: scale of a unit (STEPPED)
+  float* sums;      // [groups][R]: sum of the (scaled, STEPPED) digits, for zero points and minimums
   float* scale;     // [R]: last factor of every result of the row
+  static int64_t units(int64_t blocks, int64_t groups) { return STEPPED ? (blocks + AB - 1) / (AB ? AB : 1) : groups; }
   static size_t bytes(int R, int64_t blocks, int64_t groups) {
-    int64_t units = DIGITS == 2 ? blocks : groups;
-    return ((size_t)R * (blocks * 8 * XB + 4 * (units + (DIGITS == 2 ? blocks : 0) + groups + 1)) + 63) / 64 * 64;
+    const int64_t words = units(blocks, groups) * (STEPPED ? 2 : 1) + groups + 1;
+    return ((size_t)R * (blocks * 8 * XB + 4 * words) + 63) / 64 * 64;
   }
   Rows(char* at, int R, int64_t blocks, int64_t groups) {
-    int64_t units = DIGITS == 2 ? blocks : groups;
+    const int64_t n = units(blocks, groups);
     x = (int8_t*)at;
     start = (int32_t*)(at + R * blocks * 8 * XB);
-    step = (float*)(start + R * units);
-    sums = step + (DIGITS == 2 ? R * blocks : 0);
+    step = (float*)(start + R * n);
+    sums = step + (STEPPED ? R * n : 0);
     scale = sums + R * groups;
   }
 };
@@ -52,8 +55,8 @@ INL void put_digits(int8_t* out, int64_t stride, VI q) {
   }
 }
 
-// One row of K values into row r of a block of R rows.
-static __attribute__((noinline, unused)) void digits_8(const X::T* x, int64_t K, int r, int R, Rows rows) {
+// One row of K values into row r of a block of R rows; one scale for the row.
+static __attribute__((noinline, unused)) void digits_row(const X::T* x, int64_t K, int r, int R, Rows rows) {
   VI top = iset(0);
   int64_t k = 0;
   for (; k + 16 <= K; k += 16) top = imax(top, size_bits(X::load(x + k)));
@@ -94,30 +97,43 @@ static __attribute__((noinline, unused)) void digits_8(const X::T* x, int64_t K,
   }
 }
 
-static __attribute__((noinline, unused)) void digits_16(const X::T* x, int64_t K, int r, int R, Rows rows) {
+// The same with one scale for each AB blocks.
+static __attribute__((noinline, unused)) void digits_steps(const X::T* x, int64_t K, int r, int R, Rows rows) {
   const int64_t blocks = (K + 31) / 32, per = GB ? GB : blocks, stride = (int64_t)R * XB;
   int8_t* out = rows.x + (int64_t)r * XB;
   int32_t worst = 0;
   int64_t group = 0;
   float total = 0;
-  for (int64_t b = 0; b < blocks; b++) {
-    VF v0 = load_x(x + b * 32, K - b * 32), v1 = load_x(x + b * 32 + 16, K - b * 32 - 16);
-    int32_t bits = itop(imax(size_bits(v0), size_bits(v1)));
+  for (int64_t b = 0, unit = 0; b < blocks; unit++) {
+    const int64_t end = std::min(b + AB, blocks);
+    VI top = iset(0);
+    for (int64_t k = b * 32; k < end * 32; k += 16) top = imax(top, size_bits(load_x(x + k, K - k)));
+    const int32_t bits = itop(top);
     worst = bits > worst ? bits : worst;
-    float absmax;
+    float absmax, step;
     memcpy(&absmax, &bits, 4);
-    // Below 1e-33 the factor would overflow; such a block counts as zero, an error of at most absmax per element.
-    VF factor = fset(absmax > 1e-33f ? 32639.0f / absmax : 0.0f);
-    float step = absmax / 32639.0f;
-    VI q0 = fround(fmul(v0, factor)), q1 = fround(fmul(v1, factor));
-    put_digits(out + b * 8 * stride, stride, q0);
-    put_digits(out + (b * 8 + 4) * stride, stride, q1);
-    int32_t sum = 0;
-    if constexpr (OFFSET != 0 || ZERO != Zero::NONE) sum = isum(iadd(q0, q1));
-    rows.step[b * R + r] = step;
-    rows.start[b * R + r] = -OFFSET * sum;
-    total += step * (float)sum;
-    if ((b + 1) % per == 0 || b + 1 == blocks) {
+    VF factor;
+    if constexpr (DIGITS == 2) {
+      step = absmax / 32639.0f;
+      // Below 1e-33 the factor would overflow; such a block counts as zero, an error of at most absmax per element.
+      factor = fset(absmax > 1e-33f ? 32639.0f / absmax : 0.0f);
+    } else {
+      step = absmax > 0 ? std::max(absmax / TOP, std::numeric_limits<float>::min()) : 1.0f;
+      factor = fset(step);
+    }
+    VI sum = iset(0);
+    for (; b < end; b++)
+      UNROLL for (int half = 0; half < 2; half++) {
+        const VF v = load_x(x + b * 32 + half * 16, K - b * 32 - half * 16);
+        const VI q = fround(DIGITS == 2 ? fmul(v, factor) : fdiv(v, factor));
+        put_digits(out + (b * 8 + half * 4) * stride, stride, q);
+        if constexpr (OFFSET != 0 || ZERO != Zero::NONE) sum = iadd(sum, q);
+      }
+    const int32_t count = OFFSET != 0 || ZERO != Zero::NONE ? isum(sum) : 0;
+    rows.step[unit * R + r] = step;
+    rows.start[unit * R + r] = -OFFSET * count;
+    total += step * (float)count;
+    if (b % per == 0 || b == blocks) {
       rows.sums[group * R + r] = total;
       total = 0;
       group++;
@@ -127,6 +143,6 @@ static __attribute__((noinline, unused)) void digits_16(const X::T* x, int64_t K
 }
 
 INL void take_row(const X::T* x, int64_t K, int r, int R, Rows rows) {
-  if constexpr (DIGITS == 2) digits_16(x, K, r, R, rows);
-  else digits_8(x, K, r, R, rows);
+  if constexpr (STEPPED) digits_steps(x, K, r, R, rows);
+  else digits_row(x, K, r, R, rows);
 }

@@ -45,9 +45,9 @@ INL Unit unit_of(const Problem& p, int64_t u) {
 }
 
 INL Rows moved(Rows rows, int64_t block, int R) {
-  int64_t group = GB ? block / (GB ? GB : 1) : 0, unit = DIGITS == 2 ? block : group;
+  const int64_t group = GB ? block / (GB ? GB : 1) : 0, unit = STEPPED ? block / (AB ? AB : 1) : group;
   rows.x += block * 8 * R * XB;
-  rows.start += unit * R, rows.step += block * R, rows.sums += group * R;
+  rows.start += unit * R, rows.step += unit * R, rows.sums += group * R;
   return rows;
 }
 INL Span span_of(const Problem& p, const Segment& s, int64_t panel, Rows rows, int R, int64_t from, int64_t to) {
@@ -120,7 +120,7 @@ static void many_rows(const Problem& p, int threads) {
   const int64_t row_blocks = (p.m + MR - 1) / MR, stripes = (row_blocks + STRIPE - 1) / STRIPE;
   const int64_t stripe = (row_blocks + stripes - 1) / stripes;
   const int tail = block_rows(p.m - (row_blocks - 1) * MR, MR);
-  const int64_t chunk = GB ? std::max(CHUNK_BLOCKS / GB, 1) * GB : CHUNK_BLOCKS;
+  const int64_t whole = GB ? GB : AB ? AB : 1, chunk = std::max<int64_t>(CHUNK_BLOCKS / whole, 1) * whole;
   const size_t row_bytes = Rows::bytes(MR, p.blocks, p.groups);
   char* packed = shared_rows.get(row_bytes * row_blocks);
   auto rows_of = [&](int64_t b) { return Rows(packed + b * row_bytes, b + 1 < row_blocks ? MR : tail, p.blocks, p.groups); };

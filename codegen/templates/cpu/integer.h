@@ -1,5 +1,5 @@
 // R rows x 16 outputs x a range of K, in integers. The sums of products of codes and digits are exact; they become
-// floats once per group of weights (DIGITS 1) or once per block of 32 k (DIGITS 2, where every block has its scale).
+// floats once per group of weights, or once per AB blocks where the activation has a scale for each of those.
 using Packed = Planes;
 struct Plain {  // quads already in bytes: 8-bit codes, and what `unpack` writes
   static constexpr int BYTES = 512;
@@ -21,8 +21,8 @@ struct Span {            // a range of K of one panel and one block of rows
   int64_t blocks;
   bool first;            // nothing in `c` yet
 };
-constexpr bool SINGLE = GB == 0;                  // one group over all of K: the scale waits for the end
-constexpr bool COUNTS = SINGLE && DIGITS == 1;    // `c` holds int32 sums
+constexpr bool SINGLE = GB == 0;               // one group over all of K: the scale waits for the end
+constexpr bool COUNTS = SINGLE && !STEPPED;    // `c` holds int32 sums
 
 template <class Codes, int R, int U, class A>
 INL void block_dot(A (&acc)[R][U], const uint8_t* codes, const int8_t* x) {
@@ -77,7 +77,7 @@ static __attribute__((noinline)) void multiply(const Span& span, float* c) {
     for (int64_t b = 0; b < span.blocks;) {
       const int64_t end = SINGLE || span.blocks - b < GB ? span.blocks : b + GB;
       VF s = SINGLE ? fset(1.0f) : S::load(scale), z = ZERO == Zero::NONE || SINGLE ? fset(0.0f) : Z::load(zero);
-      if constexpr (DIGITS == 1) {
+      if constexpr (!STEPPED) {
         begin(start);
         start += R;
         for (; b < end; b++) advance();
@@ -87,9 +87,11 @@ static __attribute__((noinline)) void multiply(const Span& span, float* c) {
           y[r] = fma(count, s, y[r]);
         }
       } else {
-        for (; b < end; b++, start += R, step += R) {
+        for (; b < end; start += R, step += R) {
           begin(start);
-          advance();
+          if constexpr (AB == 1) advance(), b++;
+          else
+            for (const int64_t last = std::min(b + AB, end); b < last; b++) advance();
           UNROLL for (int r = 0; r < R; r++) y[r] = fma(fcvt(total(r)), SINGLE ? fset(step[r]) : fmul(s, fset(step[r])), y[r]);
         }
         if constexpr (ZERO == Zero::POINT && !SINGLE) {

@@ -1,0 +1,178 @@
+"""Eager calls of `qcompile::qmm` on the CPU run generated kernels.
+
+Outside of compiled code the operator would run its plain-torch meaning, which decodes the whole weight per call. Here
+it gets a CPU implementation: per spec and dtypes the kernel is built once, as an operator of its own, and called. Where
+there is none (no compiler, a scheme without kernel, a build that failed, a kernel that fails its trial) the plain-torch
+meaning runs, and inside `reference_only()` it always does.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from qcompile.codegen.devices.cpu import CpuLowering
+from qcompile.codegen.devices.cpu_bounds import UNIT, expected
+from qcompile.codegen.devices.cpu_operator import operator_text
+from qcompile.codegen.spec import LONG_K, KernelSpec
+from qcompile.compat.abi import load_operator
+from qcompile.errors import QCError, QCWarning
+from qcompile.ir import ops
+from qcompile.ir.codec import quantize
+from qcompile.ir.matmul import OUT_DTYPES, MatmulSpec, evaluate_epilogue
+
+Operator = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], Sequence[int], int], Tensor]
+Call = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Tensor]
+
+_LOCK = threading.Lock()
+_OPERATORS: dict[KernelSpec, Operator | None] = {}  # None: looked for, and there is none
+_CALLS: dict[tuple[object, ...], Call] = {}
+# Unit roundoff of each result's dtype, and the smallest step where results are subnormal.
+_ROUNDOFF = {"f32": 2.0**-24, "f16": 2.0**-11, "bf16": 2.0**-8}
+_STEP = {"f32": 2.0**-126, "f16": 2.0**-24, "bf16": 2.0**-126}
+
+
+@cache
+def install() -> None:
+    """Give `qcompile::qmm` its CPU implementation; calling it again changes nothing."""
+    ops.LIBRARY.impl("qmm", _qmm, "CPU")
+
+
+def _qmm(x: Tensor, parts: Sequence[Tensor], extras: Sequence[Tensor], spec: str) -> Tensor:
+    if ops.reference_forced():
+        return ops.qmm_reference(x, parts, extras, spec)
+    key = (spec, x.dtype, *(extra.dtype for extra in extras))
+    call = _CALLS.get(key)
+    if call is None:
+        call = _CALLS[key] = _call_of(spec, x.dtype, [extra.dtype for extra in extras])
+    return call(x, parts, extras)
+
+
+def _call_of(spec: str, x: torch.dtype, extras: Sequence[torch.dtype]) -> Call:
+    """How to compute a site from now on."""
+    what = MatmulSpec.parse(spec)
+    operator = None
+    if {x, *extras} <= set(OUT_DTYPES.values()) and len(extras) == len(what.extras):
+        operator = operator_of(KernelSpec.of(what, x, OUT_DTYPES[what.out] if what.out else x, extras))
+    if operator is None:
+        return lambda x, parts, extras: ops.qmm_reference(x, parts, extras, spec)
+    run, sizes, k = operator, list(what.n), what.k
+
+    def call(x: Tensor, parts: Sequence[Tensor], extras: Sequence[Tensor]) -> Tensor:
+        if not x.is_contiguous():
+            x = _rows(x)
+        parts = [part if part.is_contiguous() else part.contiguous() for part in parts]
+        if extras:
+            kinds = zip(extras, what.extras, strict=True)
+            extras = [_rows(extra) if kind == "mat" else extra.contiguous() for extra, kind in kinds]
+        try:
+            return run(x, parts, extras, sizes, k)
+        except RuntimeError as error:
+            if (text := str(error).splitlines()[0]).startswith("qmm: "):
+                raise QCError("matmul.operands", text, why=f"spec {spec}") from error
+            raise
+
+    return call
+
+
+def _rows(t: Tensor) -> Tensor:
+    """The tensor itself where its rows are dense and lie at one common distance, a copy where they do not."""
+    if t.dim() < 2 or t.is_contiguous() or t.numel() == 0:
+        return t.contiguous()
+    pairs = [(size, stride) for size, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True) if size != 1]
+    even = all(a[1] == b[0] * b[1] for a, b in itertools.pairwise(pairs))
+    return t if even and (t.stride(-1) == 1 or t.shape[-1] == 1) else t.contiguous()
+
+
+def operator_of(spec: KernelSpec) -> Operator | None:
+    """The registered kernel of a spec, built and tried on the first request; None where there is none."""
+    if spec in _OPERATORS:
+        return _OPERATORS[spec]
+    # A thread of its own has no autocast, gradient mode, default device or tracing mode of the caller's; the context
+    # carries Inductor's settings, which decide the flags.
+    context = copy_context()
+    with ThreadPoolExecutor(1, thread_name_prefix="qcompile-eager") as pool:
+        operator, reason = pool.submit(context.run, _made, spec).result()
+    with _LOCK:
+        if spec not in _OPERATORS:
+            _OPERATORS[spec] = operator
+            if reason:
+                warnings.warn(
+                    f"eager calls of qmm run the plain-torch operator, which is slow, for {spec}: {reason}",
+                    QCWarning,
+                    stacklevel=2,
+                )
+        return _OPERATORS[spec]
+
+
+def _made(spec: KernelSpec) -> tuple[Operator | None, str]:
+    """The operator, or why there is none ("" where that was known before and is reported with the plan)."""
+    lowering = CpuLowering()
+    if not lowering.supports(spec):
+        return None, ""
+    try:
+        kernel = lowering.emit(spec)
+        operator = load_operator(operator_text(kernel), kernel.flags)
+        reason = trial(spec, operator)
+    except Exception as error:  # the toolchain, the loader or torch: what they raise differs by release
+        return None, f"{type(error).__name__}: {error}"
+    return (None, reason) if reason else (operator, "")
+
+
+def trial(spec: KernelSpec, operator: Operator) -> str:
+    """Run an operator on a small problem and judge it by the exact result: "" when it is right.
+
+    It meets everything that a wrong declaration or a wrong build would confuse: several panels, a ragged last block,
+    rows at a distance, a leading dimension of two, several segments, every extra.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32)
+
+    n, k, rows = 20, LONG_K + 33 if spec.long_k else 70, 6
+    sizes = [n if spec.paired else n + i for i in range(spec.segments)]
+    columns = n if spec.paired else sum(sizes)
+    packed = [quantize(random(size, k), spec.weight) for size in sizes]
+    x = random(2, rows // 2, k + 1).to(OUT_DTYPES[spec.x])[..., :k]
+    shapes = {"row": (columns,), "mat": (2, rows // 2, columns)}
+    extras = [random(*shapes[kind]).to(OUT_DTYPES[dtype]) for kind, dtype in spec.extras]
+    got = operator(x, [part for parts in packed for part in parts], extras, sizes, k)
+    shape = (2, rows // 2, columns)
+    if got.shape != shape or got.dtype != OUT_DTYPES[spec.y]:
+        return f"its trial gave {got.dtype} {list(got.shape)}, not {OUT_DTYPES[spec.y]} {list(shape)}"
+
+    exact = [expected(spec, x.reshape(rows, k), parts, size, k) for parts, size in zip(packed, sizes, strict=True)]
+    others = {f"e{i}": extra.double().reshape(-1, columns) for i, extra in enumerate(extras)}
+
+    def result(signs: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """The result with every sum moved by its bound, and the size of the numbers it is made of."""
+        moved = [each.value + sign * each.bound for each, sign in zip(exact, signs, strict=True)]
+        sums = {f"a{i}": value for i, value in enumerate(moved)} if spec.paired else {"acc": torch.cat(moved, 1)}
+        y = evaluate_epilogue(spec.epilogue, sums | others).expand(rows, columns)
+        return y, sum((v.abs() for v in (sums | others).values()), y.abs())
+
+    want, size = result([0.0] * spec.segments)
+    corners = (
+        itertools.product((-1.0, 1.0), repeat=spec.segments)
+        if spec.paired
+        else ([-1.0] * spec.segments, [1.0] * spec.segments)
+    )
+    swing = torch.stack([(result(signs)[0] - want).abs() for signs in corners]).amax(0)
+    # To first order an epilogue moves most when its operands do, so the corners bound it; twice that leaves room for the
+    # second. Each operation rounds once (the kernels' functions to 4 units), the result once more.
+    operations = 4 * (1 + sum(spec.epilogue.count(c) for c in "+-*/("))
+    allowed = 2 * swing.amax(0) + operations * UNIT * size * (1 + size) + _ROUNDOFF[spec.y] * want.abs() + _STEP[spec.y]
+    there = got.double().reshape(rows, columns)
+    right = ((there - want).abs() <= allowed) | (there == want) | (there.isnan() & want.isnan())
+    if bool(right.all()):
+        return ""
+    return f"{int((~right).sum())} of {right.numel()} results of its trial are wrong"

@@ -1,0 +1,93 @@
+"""What Dynamo offers and expects: its graphs, the names of its inputs, its settings.
+
+The graph that Dynamo hands to a backend stays Dynamo's: it reads the placeholders again after the backend returned.
+So a pass works on a copy, and an input that a pass adds has to look like one that Dynamo made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import fx
+
+
+def uncompiled(model: Any) -> Any:
+    """The user's own callable behind `torch.compile`, or the thing itself."""
+    return getattr(model, "_orig_mod", getattr(model, "_torchdynamo_orig_callable", model))
+
+
+def skip_module_guards(guards: Sequence[Any]) -> list[bool]:
+    """A guard filter that keeps checks on inputs and drops those on modules, as `torch.compiler` offers
+    it."""
+    return list(torch.compiler.skip_guard_on_all_nn_modules_unsafe(guards))
+
+
+def unlimited_recompiles() -> AbstractContextManager[object]:
+    """No limit on how often Dynamo may compile one piece of code."""
+    from torch._dynamo import config
+
+    many = 1 << 30
+    return cast("AbstractContextManager[object]", config.patch(recompile_limit=many, accumulated_recompile_limit=many))
+
+
+def graph_mode(graph: fx.Graph) -> Any:
+    """The fake-tensor mode that the graph's example values live in (not the one a compile runs in), or
+    None."""
+    for node in graph.nodes:
+        mode = getattr(node.meta.get("example_value"), "fake_mode", None)
+        if mode is not None:
+            return mode
+    return None
+
+
+def fake_mode(graph: fx.Graph) -> AbstractContextManager[object]:
+    """`graph_mode` as a context; a null context for a graph without fake values."""
+    return cast("AbstractContextManager[object]", graph_mode(graph) or nullcontext())
+
+
+def compile_example(tensor: torch.Tensor) -> torch.Tensor:
+    """What `compile_fx` should see of a packed tensor: static sizes, in the mode that the compile runs in."""
+    from torch._guards import detect_fake_mode
+
+    mode = detect_fake_mode()
+    return tensor if mode is None else cast("torch.Tensor", mode.from_tensor(tensor, static_shapes=True))
+
+
+def placeholder_source(node: fx.Node) -> str:
+    """Dynamo's name of what a placeholder stands for: "L['self']._modules['fc']._parameters['weight']", or
+    ""."""
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        return ""
+    name = source.name
+    return str(name() if callable(name) else name)  # a method up to 2.11, a property after it
+
+
+def add_placeholder(graph: fx.Graph, name: str, tensor: torch.Tensor) -> fx.Node:
+    """A new graph input at the insert point for a tensor that the backend supplies: no user source, no
+    guards."""
+    node = graph.placeholder(name)
+    node._dynamo_source = None
+    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    mode = graph_mode(graph)
+    node.meta["example_value"] = tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)
+    return node
+
+
+def clone_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy that may be edited. Dynamo reads its own graph's placeholders after the backend returns."""
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(gm.graph, mapping))
+    for old, new in mapping.items():
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+    result = fx.GraphModule(gm, graph)
+    result.meta = gm.meta
+    for name in ("_param_name_to_source", "_backend_id"):
+        if hasattr(gm, name):
+            setattr(result, name, getattr(gm, name))
+    return result
