@@ -23,7 +23,7 @@ from qcompile.codegen.devices.cpu import CpuLowering
 from qcompile.codegen.devices.cpu_bounds import UNIT, expected
 from qcompile.codegen.devices.cpu_operator import operator_text
 from qcompile.codegen.spec import LONG_K, KernelSpec
-from qcompile.compat.abi import load_operator
+from qcompile.compat import load_operator
 from qcompile.errors import QCError, QCWarning
 from qcompile.ir import ops
 from qcompile.ir.codec import quantize
@@ -76,7 +76,7 @@ def _call_of(spec: str, x: torch.dtype, extras: Sequence[torch.dtype]) -> Call:
         try:
             return run(x, parts, extras, sizes, k)
         except RuntimeError as error:
-            if (text := str(error).splitlines()[0]).startswith("qmm: "):
+            if (text := str(error).partition("\n")[0]).startswith("qmm: "):
                 raise QCError("matmul.operands", text, why=f"spec {spec}") from error
             raise
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import CodeType, FunctionType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,6 +17,7 @@ from torch import fx
 
 from qcompile.ir.matmul import MatmulSpec
 from qcompile.options import Options
+from qcompile.passes.fingerprint import describe
 from qcompile.plan.plan import Plan
 from qcompile.plan.recipe import Recipe
 from qcompile.runtime.store import Entry, Store
@@ -98,46 +98,8 @@ class Pass:
         return inner
 
     def fingerprint(self) -> str:
-        """Changes whenever the pass may produce another graph: its methods, its attributes, and the functions and
-        constants of other modules that they name. (This package's own sources are hashed as a whole.)"""
-        seen: set[int] = set()
-        parts = [type(self).__qualname__]
-        for cls in type(self).__mro__[: type(self).__mro__.index(Pass)]:
-            parts += [f"{name}={_describe(value, seen)}" for name, value in vars(cls).items() if name not in _PLAIN]
-        parts += [f"{name}={_describe(value, seen)}" for name, value in sorted(vars(self).items())]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
-# What Python puts into every class, and what differs between processes without meaning anything.
-_PLAIN = frozenset("__module__ __doc__ __dict__ __weakref__ __firstlineno__ __static_attributes__".split())
-
-
-def _describe(value: object, seen: set[int]) -> str:
-    """Text that is equal in every process exactly when a value means the same, as far as Python lets one see. Objects
-    without a repr of their own print their address: they are never found equal, which is the safe side."""
-    value = getattr(value, "__func__", value)  # static and class methods
-    if isinstance(value, frozenset | set):
-        return repr(sorted(_describe(item, seen) for item in value))
-    if isinstance(value, CodeType):
-        return f"{value.co_code!r} {value.co_names} {[_describe(item, seen) for item in value.co_consts]}"
-    if not isinstance(value, FunctionType):
-        return repr(value)
-    if id(value) in seen or (value.__module__ or "").partition(".")[0] in ("torch", "qcompile"):
-        return value.__qualname__
-    seen.add(id(value))
-    code = value.__code__
-    named = {name: value.__globals__[name] for name in _names(code) if name in value.__globals__}
-    known = {name: _describe(item, seen) for name, item in named.items() if isinstance(item, _CONSTANTS)}
-    cells = [_describe(cell.cell_contents, seen) for cell in value.__closure__ or ()]
-    return f"{_describe(code, seen)} {value.__defaults__!r} {value.__kwdefaults__!r} {cells} {sorted(known.items())}"
-
-
-_CONSTANTS = (FunctionType, int, float, str, bytes, tuple, frozenset)
-
-
-def _names(code: CodeType) -> set[str]:
-    inner = [_names(item) for item in code.co_consts if isinstance(item, CodeType)]
-    return set(code.co_names).union(*inner)
+        """Changes whenever the pass may produce another graph: see `qcompile.passes.fingerprint`."""
+        return hashlib.sha256(describe((type(self), vars(self))).encode()).hexdigest()[:16]
 
 
 def node_device(node: fx.Node) -> torch.device:

@@ -7,6 +7,7 @@ resolve        the recipe names schemes, the lowerings say whether they pay
 merge          sites that read one input become one matmul
 freeze         weights are encoded once; packed tensors become inputs
 (AOTAutograd)  functional ATen graph
+pieces         a merged matmul's results are read where they lie
 epilogue       bias, activation, gate and residual move into the matmul
 outline        repeated layers are compiled once
 (Inductor)     generated kernels
@@ -41,6 +42,7 @@ from qcompile.passes.detect.sites import Detect
 from qcompile.passes.freeze.freeze import Freeze
 from qcompile.passes.late.epilogue import Epilogue
 from qcompile.passes.late.outline_pass import Outline
+from qcompile.passes.late.pieces import Pieces
 from qcompile.passes.manager import PassManager
 from qcompile.passes.rewrite.attention import GroupQueries
 from qcompile.passes.rewrite.merge import Merge
@@ -60,6 +62,7 @@ DEFAULT_PASSES: tuple[Pass, ...] = (
     Resolve(),
     Merge(),
     Freeze(),
+    Pieces(),
     Epilogue(),
     Outline(),
 )

@@ -122,7 +122,10 @@ class _Freezer:
             pieces = [new]
             if len(nodes) > 1:
                 split = insert(self.graph, torch.split, new, [p.rows for p in packed], -1, like=head)
-                pieces = [pick(self.graph, split, i, head) for i in range(len(nodes))]
+                picked = [pick(self.graph, split, i, head) for i in range(len(nodes))]
+                # Each member's result was a contiguous tensor of its own, and users may rely on that; see `pieces`.
+                dense = {"memory_format": torch.contiguous_format}
+                pieces = [insert(self.graph, torch.clone, piece, like=head, **dense) for piece in picked]
         for node, piece in zip(nodes, pieces, strict=True):
             node.replace_all_uses_with(piece)
             self.graph.erase_node(node)

@@ -8,6 +8,7 @@ and not with the package.
 Callers say `compat.name()`: the modules inside are by subject and may change, the names are the interface.
 """
 
+from qcompile.compat.abi import load_operator
 from qcompile.compat.cpp import (
     cpp_build,
     cpp_compiler,
@@ -87,6 +88,7 @@ __all__ = [
     "inner_compile",
     "is_fake",
     "load_cpp_kernel",
+    "load_operator",
     "placeholder_source",
     "profiling",
     "register_fallback",

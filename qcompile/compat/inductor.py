@@ -48,6 +48,7 @@ class Fingerprint:
     def patch(text: str, config: Mapping[str, object]) -> dict[str, object]:
         """`config` with an entry that carries `text`; a pass of the user's in that place still runs and still
         counts."""
+        from torch._inductor import config as defaults
         from torch._inductor.custom_graph_pass import CustomGraphPass
 
         class Carrier(CustomGraphPass):
@@ -62,11 +63,11 @@ class Fingerprint:
                 if theirs is None:
                     return self.text
                 own = getattr(theirs, "uuid", lambda: None)()
-                return (
-                    None if own is None else f"{self.text} {own}"
-                )  # None: not cacheable, as for the user's pass alone
+                # None: not cacheable, as for the user's pass alone.
+                return None if own is None else f"{self.text} {own}"
 
-        theirs = cast("Any", config.get(name := "post_grad_custom_post_pass"))
+        name = "post_grad_custom_post_pass"
+        theirs = cast("Any", config.get(name, getattr(defaults, name)))
         return {**config, name: Carrier(text)}
 
 

@@ -26,6 +26,7 @@ from qcompile.ir.packing import (
     gather_scales,
     pack_codes,
     pack_scales,
+    packed_parts,
     packed_shape,
     unpack_codes,
     unpack_scales,
@@ -37,6 +38,7 @@ from qcompile.ir.scheme import Scheme
 
 __all__ = [
     "QParams",
+    "check_parts",
     "choose_qparams",
     "decode",
     "dequantize",
@@ -191,19 +193,14 @@ def dequantize(
     """Invert `quantize`: the decoded weight `[n, k]`, equal bit for bit to `decode(encode(w))`.
 
     Raises:
-        QCError `codec.parts` when the number of parts is wrong, `packing.shape` when codes have the wrong
-        shape.
+        QCError `codec.parts` or `packing.shape` when they are not the parts of an `[n, k]` weight in `scheme`.
     """
     scheme = Scheme.of(scheme)
-    names = part_names(scheme)
-    if len(parts) != len(names):
-        raise QCError("codec.parts", f"{len(parts)} parts for {scheme}", why=f"it has {len(names)}: {', '.join(names)}")
-    named = dict(zip(names, parts, strict=True))
+    check_parts(parts, scheme, n, k)
+    named = dict(zip(part_names(scheme), parts, strict=True))
     rows = {name: unpack_scales(part, n, scheme.packing) for name, part in named.items() if name != "codes"}
     over = _RowScales(rows["scales"], rows.get("zeros", rows.get("mins")), rows.get("outer"), None, scheme)
     codes, bits = named["codes"], scheme.format.bits
-    if tuple(codes.shape) != packed_shape(bits, n, k, scheme.packing):
-        unpack_codes(codes, bits, n, k, scheme.packing)  # refuses, saying which shape it should be
     out = torch.empty((n, k), dtype=dtype, device=codes.device)
     for start, stop, at in _chunks(scheme, n, k):
         part = unpack_codes(codes[at], bits, stop - start, k, scheme.packing)
@@ -228,10 +225,28 @@ def dequantize_rows(
     return _decode(codes, scheme, over.rows(0, rows.shape[0], k)).to(dtype)
 
 
+def check_parts(parts: Sequence[Tensor], scheme: Scheme, n: int, k: int) -> None:
+    """Refuse tensors that are no `[n, k]` weight in `scheme`: code that reads them trusts shapes and dtypes.
+
+    Raises:
+        QCError `codec.parts` for another number of them, `packing.shape` naming the first that does not fit.
+    """
+    wanted = packed_parts(scheme, n, k)
+    if len(parts) != len(wanted):
+        names = ", ".join(part.name for part in wanted)
+        raise QCError("codec.parts", f"{len(parts)} parts for {scheme}", why=f"it has {len(wanted)}: {names}")
+    for part, want in zip(parts, wanted, strict=True):
+        if tuple(part.shape) != want.shape or part.dtype != want.dtype:
+            raise QCError(
+                "packing.shape",
+                f"{want.name} are {part.dtype} {list(part.shape)}",
+                why=f"those of [{n}, {k}] in {scheme} are {want.dtype} {list(want.shape)}",
+            )
+
+
 def part_names(scheme: Scheme) -> tuple[str, ...]:
     """Names of the tensors `quantize` returns: codes, scales, then zeros | mins, then outer."""
-    zero = {None: (), "z": ("zeros",), "m": ("mins",)}[scheme.scale.zero]
-    return ("codes", "scales", *zero, *(("outer",) if scheme.nested else ()))
+    return tuple(part.name for part in packed_parts(scheme, 1, 1))
 
 
 def _pads(scheme: Scheme) -> list[int]:

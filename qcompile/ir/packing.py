@@ -20,7 +20,7 @@ Both cut along N without touching a byte (tile16 at multiples of 16): packing co
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,15 +54,32 @@ def scale_shape(groups: int, n: int, packing: str = "tile16") -> tuple[int, ...]
     return (n, groups) if packing == "rows" else (ceil_div(n, PANEL), groups, PANEL)
 
 
+class Part(NamedTuple):
+    """What one tensor of a packed weight is: its name, shape and dtype."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def packed_parts(scheme: Scheme, n: int, k: int) -> tuple[Part, ...]:
+    """The tensors of an `[n, k]` weight in `scheme`, in order: codes, scales, then zeros | mins, then outer scales."""
+    scale, packing = scheme.scale.format.dtype, scheme.packing
+    shape = scale_shape(scheme.groups(k), n, packing)
+    parts = [
+        Part("codes", packed_shape(scheme.format.bits, n, k, packing), torch.uint8),
+        Part("scales", shape, scale),
+    ]
+    if scheme.scale.zero is not None:
+        parts.append({"z": Part("zeros", shape, torch.uint8), "m": Part("mins", shape, scale)}[scheme.scale.zero])
+    if scheme.outer is not None:
+        parts.append(Part("outer", scale_shape(scheme.outer_groups(k), n, packing), scheme.outer.format.dtype))
+    return tuple(parts)
+
+
 def packed_bytes(scheme: Scheme, n: int, k: int) -> int:
     """Bytes of all parts of an `[n, k]` weight in `scheme`, padding of the layout included."""
-    rows = n if scheme.packing == "rows" else ceil_div(n, PANEL) * PANEL
-    total = torch.Size(packed_shape(scheme.format.bits, n, k, scheme.packing)).numel()
-    scale = scheme.scale.format.dtype.itemsize
-    total += rows * scheme.groups(k) * (scale + {None: 0, "z": 1, "m": scale}[scheme.scale.zero])
-    if scheme.outer is not None:
-        total += rows * scheme.outer_groups(k) * scheme.outer.format.dtype.itemsize
-    return total
+    return sum(torch.Size(part.shape).numel() * part.dtype.itemsize for part in packed_parts(scheme, n, k))
 
 
 def pack_codes(codes: Tensor, bits: int, packing: str = "tile16") -> Tensor:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import qcompile.backend  # noqa: F401  (installs the CPU implementation)
+from qcompile.backend import watching  # importing it installs the CPU implementation
 from qcompile.codegen import eager
 from qcompile.codegen.spec import KernelSpec
 from qcompile.compat import abi, cpp, load_cpp_kernel
@@ -165,3 +165,20 @@ def test_under_cpp_wrapper_compiled_code_calls_the_operator() -> None:
             results.append(torch.compile(model, backend="qcompile", options=options)(x))
     assert len(eager._CALLS) == before + 2, "not called through the dispatcher"
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("options", [{"verify": True}, None], ids=["verify", "watching"])
+def test_what_compares_with_the_reference_runs_the_reference(
+    options: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any) -> Any:
+        raise AssertionError("a kernel was called through the dispatcher")
+
+    monkeypatch.setattr(eager, "_call_of", never)
+    monkeypatch.setattr(eager, "_CALLS", {})
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 48), nn.SiLU(), nn.Linear(48, 33)).eval(), torch.randn(5, 64)
+    torch.compiler.reset()
+    with torch.no_grad(), watching("compiled" if options else "reference") as trace:
+        torch.compile(model, backend="qcompile", options={"recipe": "int8", **(options or {})})(x)
+    assert all(decision.quantized for decision in trace.contexts[0].plan)

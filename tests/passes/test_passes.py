@@ -19,6 +19,7 @@ from qcompile.passes.match import drop_dead, effects_before, op_name, writes
 from qcompile.passes.rewrite.merge import Merge
 from qcompile.passes.rewrite.resolve import Resolve
 from tests.e2e.models import TinyLM
+from tests.passes import graphs
 from tests.passes.graphs import RECIPE, Functional, context, dynamo_graph, post_graph, run
 
 DYNAMO = [item for item in DEFAULT_PASSES if item.stage == "dynamo"]
@@ -317,6 +318,39 @@ def test_fingerprints() -> None:
         assert scaled(2.0).fingerprint() != before
     finally:
         globals()["_by"] = helper
+
+
+_TABLE = {"k": 2.0}
+_LIST = [torch.zeros(5000)]
+
+
+class _Helper:
+    def go(self) -> float:
+        return 2.0
+
+
+class Reads(Pass):
+    """Names a dict, a list with a long tensor, a class and a module of other passes."""
+
+    name: ClassVar[str] = "reads"
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> None:
+        gm.meta["k"] = (_TABLE["k"], _LIST, _Helper().go(), graphs.RECIPE)
+
+
+def test_fingerprints_see_what_a_pass_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    prints = [Reads().fingerprint()]
+    assert Reads().fingerprint() == prints[0]
+    monkeypatch.setitem(_TABLE, "k", 5.0)
+    prints.append(Reads().fingerprint())
+    _LIST[0][2500] = 1.0
+    prints.append(Reads().fingerprint())
+    monkeypatch.setattr(_Helper, "go", lambda self: 3.0)
+    prints.append(Reads().fingerprint())
+    monkeypatch.setattr(graphs, "RECIPE", "other")
+    prints.append(Reads().fingerprint())
+    _LIST[0][2500] = 0.0
+    assert len(set(prints)) == 5
 
 
 # --------------------------------------------------------------------------------------------------------------- dump
