@@ -83,11 +83,14 @@ class Pass:
             inference graph with `qcompile.qmm` nodes in it; "compile" wraps the compiler of that graph.
         requires: names of passes that must have run before this one. A list without them, or in another order, is
             refused when it is put together: the pass would find nothing to do and say nothing.
+        optional: whether the model runs just as well without it, so that its failure is no reason to fail: the graph
+            stays as it was before the pass, and a warning says so. With `strict` or `verify` a failure is an error.
     """
 
     name: ClassVar[str] = ""
     stage: ClassVar[Stage] = "dynamo"
     requires: ClassVar[tuple[str, ...]] = ()
+    optional: ClassVar[bool] = False
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> None:
         """Edit `gm.graph` in place; the manager lints and recompiles afterwards."""

@@ -7,12 +7,14 @@ nothing but the plan.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import fx
 
-from qcompile.errors import QCError
+from qcompile.errors import QCError, QCWarning
 from qcompile.passes.base import Pass, PassContext
 from qcompile.plan.plan import Plan
 
@@ -32,17 +34,26 @@ class PassManager:
 
         Raises:
             QCError: "pass.failed" naming the pass, with the original error as cause; a `QCError` of a pass is
-                passed on as it is.
+                passed on as it is. An optional pass that fails is undone instead, with a note and a `QCWarning`,
+                unless the options say `strict` or `verify`.
         """
+        careful = ctx.options.strict or ctx.options.verify
         if dump is not None:
             write(dump, 0, "input", gm, ctx.plan)
         for number, item in enumerate(self.passes, 1):
+            undo = _snapshot(gm, ctx) if item.optional and not careful else None
             try:
                 item.run(gm, ctx)
                 gm.graph.lint()
             except QCError:
                 raise
             except Exception as error:
+                if undo is not None:
+                    undo()
+                    note = f"pass {item.name!r} failed and was undone: {type(error).__name__}: {error}"
+                    ctx.plan.notes.append(note)
+                    warnings.warn(f"{note}. The result is right, and maybe slower.", QCWarning, stacklevel=2)
+                    continue
                 raise QCError(
                     "pass.failed",
                     f"pass {item.name!r} failed: {type(error).__name__}: {error}",
@@ -52,6 +63,22 @@ class PassManager:
                 write(dump, number, item.name, gm, ctx.plan)
         gm.recompile()
         return gm
+
+
+def _snapshot(gm: fx.GraphModule, ctx: PassContext) -> Callable[[], None]:
+    """Remember graph and plan; the function that brings them back."""
+    graph, plan = copy.deepcopy(gm.graph), ctx.plan  # nodes and their metadata are copied, not the values in them
+    for old, new in zip(gm.graph.nodes, graph.nodes, strict=True):
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+    decisions, rules = dict(plan.decisions), list(plan.unused_rules)
+    notes, packed = list(plan.notes), list(ctx.packed)
+
+    def undo() -> None:
+        gm.graph = graph
+        plan.decisions, plan.unused_rules, plan.notes, ctx.packed = decisions, rules, notes, packed
+
+    return undo
 
 
 def write(folder: Path, number: int, name: str, gm: fx.GraphModule, plan: Plan) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from qcompile import compat
 from qcompile.backend import DEFAULT_PASSES
 from qcompile.backend import qcompile as backend
-from qcompile.conversion import Conversion, convert
+from qcompile.conversion import Conversion, convert, module_of
 from qcompile.ledger import Explanation, explain
 from qcompile.options import Options
 from qcompile.passes.base import Stage
@@ -26,16 +26,18 @@ def refresh(model: nn.Module | torch.Tensor) -> int:
     """Tell the store that weights were written behind torch's back (`param.data.copy_()`, writes through
     numpy).
 
-    Every other way to change a weight is noticed by itself.
+    docs/start.md lists what is noticed by itself.
 
     Args:
-        model: a module (all its parameters) or one parameter.
+        model: a module or what `torch.compile` made of it (all its parameters), or one parameter.
 
     Returns:
         How many packed weights will be encoded again on their next use.
+
+    Raises:
+        QCError: "model.none" for anything else, such as a function: its parameters are not known.
     """
-    tensors = [model] if isinstance(model, torch.Tensor) else list(compat.uncompiled(model).parameters())
-    return STORE.mark(tensors)
+    return STORE.mark([model] if isinstance(model, torch.Tensor) else list(module_of(model).parameters()))
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,12 @@ def default_passes() -> tuple[PassInfo, ...]:
 
 
 def compile(
-    model: Callable[..., Any], *, fast_guards: bool = False, dynamic: bool | None = None, **options: Any
+    model: Callable[..., Any],
+    *,
+    fast_guards: bool = False,
+    dynamic: bool | None = None,
+    fullgraph: bool = False,
+    **options: Any,
 ) -> Any:
     """`torch.compile(model, backend="qcompile", options=options)` with one more knob.
 
@@ -66,7 +73,7 @@ def compile(
         fast_guards: skip Dynamo's checks that modules, their hooks and their attributes are what they were when the
             graph was made. That removes most of the per-call overhead of a large model; only set it when the model is
             not modified after the first call (no `train()`, no new hooks, no changed configuration).
-        dynamic: as in `torch.compile`.
+        dynamic, fullgraph: as in `torch.compile`.
         options: every option of the backend.
 
     Raises:
@@ -76,10 +83,10 @@ def compile(
     Recipe.of(settings.recipe)
     settings.passes.apply(DEFAULT_PASSES)
     if not fast_guards:
-        return torch.compile(model, backend="qcompile", dynamic=dynamic, options=options)
+        return torch.compile(model, backend="qcompile", dynamic=dynamic, fullgraph=fullgraph, options=options)
     # A backend object of its own: Dynamo would otherwise find the graph that the same model was given with full guards.
     guards: dict[str, Any] = {**options, "guard_filter_fn": compat.skip_module_guards}
-    return torch.compile(model, backend=partial(backend), dynamic=dynamic, options=guards)
+    return torch.compile(model, backend=partial(backend), dynamic=dynamic, fullgraph=fullgraph, options=guards)
 
 
 __all__ = [

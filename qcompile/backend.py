@@ -15,6 +15,7 @@ outline        repeated layers are compiled once
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import platform
 import warnings
@@ -123,8 +124,10 @@ def _raiser(error: QCError) -> Callable[..., Any]:
     """Raise on the first call of the graph (the very call being compiled): Dynamo wraps what a backend raises
     in an exception of its own, and users should be able to catch ours."""
 
+    fresh = copy.copy(error)  # without the traceback and the cause, which would hold the model as long as this code
+
     def fail(*_: Any) -> Any:
-        raise error.with_traceback(None)
+        raise copy.copy(fresh)
 
     return fail
 
@@ -157,6 +160,9 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -
     packed = [n for n in work.graph.nodes if n.op == "placeholder" and n.name not in ctx.inputs]
     run = trace.run if trace is not None else "compiled"
     if run == "float":
+        errors = [made.entry.error for made in ctx.packed if made.entry.error is not None]
+        if errors:
+            raise copy.copy(errors[0])
         return gm.forward
     if compiler is None or run == "reference":
         if run == "compiled":
@@ -179,15 +185,26 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -
         config = compat.Fingerprint.patch(fingerprint(passes, ctx), config)
         with inductor.dumping(options.dump):
             compiled = compat.compile_fx(work, values, inner_compile=_post(passes, inner, ctx), config=config)
-    if not packed and len(kept) == len(names):
-        return compiled
     position = {name: index for index, name in enumerate(names)}
     inputs_by_name = {item.name: item for item in ctx.packed}
     slots = [
         Slot(item.entry, item.part, tuple(position[name] for name in item.roots))
         for item in (inputs_by_name[n.name] for n in packed)
     ]
+    if trace is None:
+        _release(ctx)
+    if not slots and len(kept) == len(names):
+        return compiled
     return FrozenCall(compiled, slots, [position[n.name] for n in kept], STORE)
+
+
+def _release(ctx: PassContext) -> None:
+    """Compiled code keeps the context as long as it lives itself, because a backward graph is compiled later. It must not
+    keep the model's parameters and packed weights with it."""
+    ctx.inputs.clear()
+    ctx.packed.clear()
+    for index in ctx.plan.decisions:
+        ctx.plan.update(index, entry=None)
 
 
 def _by_reference(gm: fx.GraphModule) -> Callable[..., Any]:

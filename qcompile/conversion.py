@@ -10,8 +10,8 @@ what frees memory.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -27,6 +27,7 @@ from qcompile.passes.detect.sites import is_head
 from qcompile.passes.rewrite.resolve import refuse_ragged
 from qcompile.plan.recipe import Recipe
 from qcompile.plan.site import Site
+from qcompile.runtime.store import warn_clamped
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -71,7 +72,37 @@ class PackedWeight(nn.Module):
 
 class PackedParts(parametrize.ParametrizationList):
     """The buffers behind a `PackedWeight`. Their dtypes are part of the scheme: `model.to(torch.bfloat16)` and its like
-    move them, and change the dtype that they are decoded to instead."""
+    move them, and change the dtype that they are decoded to instead.
+
+    A state dict holds one tensor more, the text of what the buffers mean: bytes of two schemes may look alike.
+    """
+
+    @property
+    def _meaning(self) -> str:
+        return next(f"{item.scheme} [{item.n}, {item.k}]" for item in self if isinstance(item, PackedWeight))
+
+    def get_extra_state(self) -> torch.Tensor:
+        """UTF-8 bytes of "scheme [n, k]", uint8: every format that keeps tensors keeps it."""
+        return torch.tensor(list(self._meaning.encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Raises `QCError` ("load.scheme") when the state is of another scheme or size."""
+        found = bytes(state.tolist()).decode(errors="replace")
+        if found != self._meaning:
+            raise QCError(
+                "load.scheme",
+                f"the state dict holds {found}, the module {self._meaning}",
+                next="convert both models with one recipe",
+            )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        name = f"{prefix}_extra_state"
+        if name in state_dict:  # before a buffer is overwritten
+            try:
+                self.set_extra_state(state_dict[name])
+            except QCError as error:
+                raise error.at(prefix.removesuffix(".")) from error
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedParts:
         for item in self:
@@ -107,7 +138,8 @@ class Conversion:
 
     Attributes:
         weights: converted weights.
-        kept: weights of matching modules that stayed float, with the reason.
+        kept: weights of `nn.Linear`, `nn.Embedding`, HF `Conv1D` and `nn.MultiheadAttention` that stayed float, with
+            the reason.
     """
 
     weights: tuple[Converted, ...]
@@ -138,8 +170,9 @@ def convert(model: nn.Module, recipe: Any = "auto", *, strict: bool = False) -> 
     """Replace float weights by packed ones, in place.
 
     Args:
-        model: any module; its `nn.Linear`, `nn.Embedding` and HF `Conv1D` weights are candidates. Tied weights share
-            one packed copy.
+        model: any module, or `torch.compile` of one; its `nn.Linear`, `nn.Embedding` and HF `Conv1D` weights are
+            candidates. Tied weights share one packed copy; one that is tied to a parameter of another kind of module
+            stays float.
         recipe: preset, scheme, `Recipe` or JSON file. Activation schemes do not concern stored weights: give the
             recipe to the backend as well (`options={"recipe": ...}`).
         strict: raise instead of keeping a candidate float, and for groups that do not divide a weight.
@@ -148,11 +181,11 @@ def convert(model: nn.Module, recipe: Any = "auto", *, strict: bool = False) -> 
         What was converted and what was kept, with reasons.
 
     Raises:
-        QCError: "convert.strict", "scheme.ragged", or the codec's error for a weight holding NaN or Inf; they name the
-            module.
+        QCError: "model.none" for a function, "convert.strict", "scheme.ragged", or the codec's error for a weight
+            holding NaN or Inf; they name the module.
     """
     rules, done, kept = Recipe.of(recipe), [], []
-    groups = _owners_by_weight(model)
+    groups = _owners_by_weight(module_of(model))
     while groups:
         # The weight leaves the list before it is packed: the peak is one float weight, not the model's.
         weight, owners = groups.pop(0)
@@ -160,14 +193,13 @@ def convert(model: nn.Module, recipe: Any = "auto", *, strict: bool = False) -> 
         refused = next((owner.refused for owner in owners if owner.refused), "")
         try:
             site = _site(weight, owners)
-            choice = None if refused else rules.resolve(site, lambda: _rows(weight, first))  # noqa: B023
+            choice = rules.resolve(site, None if refused else lambda: _rows(weight, first))  # noqa: B023
         except QCError as error:
             raise error.at(first.path) from error
-        if choice is None or choice.weight is None:
-            reason = refused or (choice.reason if choice else "")
-            kept += [(owner.path, reason) for owner in owners]
-            if strict and refused:
-                raise QCError("convert.strict", "weight cannot be converted", where=first.path, why=reason)
+        if choice.weight is None or refused:
+            kept += [(owner.path, choice.reason if choice.weight is None else refused) for owner in owners]
+            if strict and choice.weight is not None:
+                raise QCError("convert.strict", "weight cannot be converted", where=first.path, why=refused)
             continue
         if strict:
             refuse_ragged(choice.weight, first.n, first.k, first.path)
@@ -175,6 +207,7 @@ def convert(model: nn.Module, recipe: Any = "auto", *, strict: bool = False) -> 
             parts = quantize(_rows(weight, first), choice.weight, fit=choice.fit)
         except QCError as error:
             raise error.at(first.path) from error
+        warn_clamped(parts, choice.weight, first.n, first.path)
         before = weight.numel() * weight.element_size()
         for owner in owners:
             attach(
@@ -190,10 +223,21 @@ def convert(model: nn.Module, recipe: Any = "auto", *, strict: bool = False) -> 
     return Conversion(tuple(done), tuple(kept))
 
 
+def module_of(model: Any) -> nn.Module:
+    """A module, or the one that `torch.compile` was given. Raises `QCError` ("model.none") for anything else, such as a
+    function: its parameters are not known."""
+    target = compat.uncompiled(model)
+    if not isinstance(target, nn.Module):
+        raise QCError(
+            "model.none", f"a {type(target).__name__} has no parameters", next="pass the module that holds the weights"
+        )
+    return target
+
+
 def attach(module: nn.Module, packed: PackedWeight, parts: Sequence[torch.Tensor], name: str = "weight") -> None:
     """Make `parts` the module's weight. Tied modules are given the very same tensors."""
-    weight = getattr(module, name)
-    weight.requires_grad_(False)  # integer parameters cannot require grad
+    # Integer parameters cannot require grad. The user's own parameter keeps its flag: somebody else may hold it.
+    module._parameters[name] = nn.Parameter(getattr(module, name).detach(), requires_grad=False)
     packed.give(parts)
     parametrize.register_parametrization(module, name, packed, unsafe=True)
     originals = cast("nn.ModuleDict", module.parametrizations)[name]
@@ -213,15 +257,42 @@ def packed_weights(model: nn.Module) -> list[tuple[str, nn.Module, PackedWeight]
     return found
 
 
+def keeps_transposed(module: nn.Module) -> bool:
+    """Whether a module is HF's `Conv1D`, a linear that keeps `[k, n]`; known by its shape contract, not by importing
+    transformers."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+# Other modules whose matrices a user may expect to see in the report.
+_IN_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
 def _owners_by_weight(model: nn.Module) -> list[tuple[torch.Tensor, list[_Owner]]]:
+    """Every candidate weight with all modules that hold it; one that cannot be converted carries a reason."""
     groups: dict[int, tuple[torch.Tensor, list[_Owner]]] = {}
+    others: dict[int, str] = {}  # parameters in other places: packing them there would untie what is tied
     for path, module in model.named_modules(remove_duplicate=True):
-        weight = module._parameters.get("weight")
-        # HF's Conv1D is a linear that keeps [k, n]; it is known by its shape contract, not by importing
-        # transformers.
-        transposed = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-        if weight is None or not (isinstance(module, (nn.Linear, nn.Embedding)) or transposed):
-            continue
+        candidate = isinstance(module, (nn.Linear, nn.Embedding)) or keeps_transposed(module)
+        for name, weight, refused in _matrices(module, candidate):
+            n, k = (int(weight.shape[0]), int(weight.shape[-1])) if weight.dim() else (1, 1)
+            if keeps_transposed(module):
+                n, k = k, n
+            owner = _Owner(module, f"{path}.{name}" if path else name, n, k, keeps_transposed(module), refused)
+            groups.setdefault(id(weight), (weight, []))[1].append(owner)
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not (candidate and name == "weight"):
+                others[id(parameter)] = f"{path}.{name}" if path else name
+    for weight, owners in groups.values():
+        where = others.get(id(weight), owners[0].path)
+        if where not in (owner.path for owner in owners) and not owners[0].refused:
+            owners[0] = replace(owners[0], refused=f"{where} is the same parameter, and convert cannot pack it there")
+    return list(groups.values())
+
+
+def _matrices(module: nn.Module, candidate: bool) -> Iterator[tuple[str, torch.Tensor, str]]:
+    """(name, parameter, why it cannot be converted or "") of a module's weights."""
+    weight = module._parameters.get("weight")
+    if candidate and weight is not None:
         refused = ""
         if weight.dim() != 2 or 0 in weight.shape:
             refused = f"shape {tuple(weight.shape)} is not a non-empty matrix"
@@ -231,14 +302,21 @@ def _owners_by_weight(model: nn.Module) -> list[tuple[torch.Tensor, list[_Owner]
             refused = "the weight is on the meta device: use qcompile.load"
         elif isinstance(module, nn.Embedding) and module.max_norm is not None:
             refused = "max_norm renormalizes the table in place on every call"
-        n, k = (
-            (int(weight.shape[1]), int(weight.shape[0]))
-            if transposed
-            else (int(weight.shape[0]), int(weight.shape[-1]))
-        )
-        owner = _Owner(module, f"{path}.weight" if path else "weight", n, k, transposed, refused)
-        groups.setdefault(id(weight), (weight, []))[1].append(owner)
-    return list(groups.values())
+        yield "weight", weight, refused
+    elif candidate and not _is_packed(module):
+        # weight_norm and its like: a matrix of the weight's shape stands for it in the report.
+        made = max(module.parameters(), key=lambda p: p.numel(), default=torch.empty(0))
+        yield "weight", made, "the weight is computed from other parameters: remove its parametrization first"
+    elif isinstance(module, nn.MultiheadAttention):
+        for name in _IN_PROJECTIONS:
+            parameter = module._parameters.get(name)
+            if parameter is not None:
+                yield name, parameter, "MultiheadAttention reads its input projection in one piece, as a parameter"
+
+
+def _is_packed(module: nn.Module) -> bool:
+    parametrized = getattr(module, "parametrizations", {})
+    return "weight" in parametrized and isinstance(parametrized["weight"], PackedParts)
 
 
 def _rows(weight: torch.Tensor, owner: _Owner) -> torch.Tensor:

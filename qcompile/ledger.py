@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
+from torch.utils.flop_counter import FlopCounterMode
 
 from qcompile import compat
 from qcompile.backend import qcompile, watching
@@ -32,8 +33,9 @@ class Row:
     """One site of the ledger.
 
     Attributes:
-        graph: number of the graph (0 unless the model has graph breaks).
-        kind: linear, head, embedding, bmm, conv or attention; "bias" for the joined biases of a merged matmul.
+        graph: number of the graph (0 unless the model has graph breaks; -1 for what runs outside of all graphs).
+        kind: linear, head, embedding, bmm, conv or attention; "bias" for the joined biases of a merged matmul, "eager"
+            for all contractions outside of every graph.
         path: module path of the weight.
         source: the user's "file.py:line".
         shape: `(m, n, k)` of the contraction; `m` is `None` when symbolic, n and k are 0 without a weight.
@@ -144,7 +146,8 @@ def explain(
     """Plan a model on example inputs and report every site.
 
     Args:
-        model: a module or function; called once under `torch.no_grad()`.
+        model: a module or function; called once under `torch.no_grad()`, and once more, in eager mode, when parts of it
+            ran outside of every graph.
         args: its positional inputs.
         recipe: preset, scheme, `Recipe` or JSON file.
         options: further backend options.
@@ -164,12 +167,34 @@ def explain(
         held = list(STORE)  # so that no id is used twice
         known = set(map(id, held))
         try:
-            with torch.no_grad(), compat.unlimited_recompiles():
-                run: Callable[..., Any] = torch.compile(_fresh(compat.uncompiled(model)), backend=backend)
+            original = compat.uncompiled(model)
+            with torch.no_grad(), compat.unlimited_recompiles(), compat.eager_parts() as breaks:
+                run: Callable[..., Any] = torch.compile(_fresh(original), backend=backend)
                 run(*args, **kwargs)
-            return summarize(trace.contexts)
+            found = summarize(trace.contexts)
+            return _with_eager_parts(found, breaks, lambda: original(*args, **kwargs)) if breaks else found
         finally:
             STORE.drop_unused([entry for entry in STORE if id(entry) not in known])
+
+
+def _with_eager_parts(found: Explanation, breaks: list[str], run: Callable[[], object]) -> Explanation:
+    """Add what ran outside of every graph: the FLOPs of one more run, in eager mode, less those of the graphs."""
+    reason = f"ran in eager mode, outside every graph: {'; '.join(breaks)}"
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        run()
+    inside = sum(row.flops for row in found.rows)
+    outside = counter.get_total_flops() - inside
+    rows = found.rows
+    if outside > 0:
+        rows += (Row(-1, "eager", "(eager)", "", (None, 0, 0), "float", "", outside, 0, 0, None, reason),)
+    notes = (*found.notes, *(f"graph break: {why}" for why in breaks))
+    return replace(found, rows=rows, coverage=_coverage(rows), notes=notes)
+
+
+def _coverage(rows: Sequence[Row]) -> float:
+    flops = sum(row.flops for row in rows)
+    return sum(row.flops for row in rows if row.quantized) / flops if flops else 1.0
 
 
 def _fresh(target: Callable[..., Any]) -> Callable[..., Any]:
@@ -198,11 +223,9 @@ def summarize(contexts: list[PassContext]) -> Explanation:
             if item.entry.scheme is None and id(item.entry) not in counted:
                 counted.add(id(item.entry))
                 rows.append(_constant(number, item.entry))
-    flops = sum(row.flops for row in rows)
-    coverage = sum(row.flops for row in rows if row.quantized) / flops if flops else 1.0
     unused = _unused(contexts)
     name = contexts[0].recipe.name if contexts else ""
-    return Explanation(tuple(rows), coverage, len(contexts), name, unused, _notes(contexts, unused))
+    return Explanation(tuple(rows), _coverage(rows), len(contexts), name, unused, _notes(contexts, unused))
 
 
 def _notes(contexts: list[PassContext], unused: tuple[str, ...]) -> tuple[str, ...]:

@@ -2,6 +2,8 @@
 
 `load` fills a model that was built without weights (for example under `torch.device("meta")`) tensor by
 tensor from the memory-mapped file, so the float weights of the target never exist, all at once or one by one.
+Compiled code trusts the sizes it was generated for, so whatever a file says is compared with the model and with its
+scheme first, and nothing in the model changes before everything fits.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from qcompile.conversion import PackedParts, PackedWeight, attach, packed_weights
+from qcompile.conversion import FLOATS, PackedWeight, attach, keeps_transposed, module_of, packed_weights
 from qcompile.errors import QCError
+from qcompile.ir.codec import check_parts, part_names
+from qcompile.ir.fit import FITS
+from qcompile.ir.scheme import Scheme
 
 VERSION = 1
 TENSORS, MANIFEST = "model.safetensors", "qcompile.json"
@@ -36,9 +42,9 @@ def save(model: nn.Module, path: str | Path) -> Path:
         The folder.
 
     Raises:
-        QCError: "save.path" when the path is a file.
+        QCError: "model.none" for a function, "save.path" when the path is a file.
     """
-    folder = Path(path)
+    model, folder = module_of(model), Path(path)
     if folder.exists() and not folder.is_dir():
         raise QCError("save.path", f"{folder} is a file", next="name a folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,10 +95,12 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
         The model, for chaining. It computes bit for bit what the saved one did.
 
     Raises:
-        QCError: "load.path", "load.version", "load.module" (a module of the file is missing in the model),
-            "load.missing" (a tensor of the model is missing in the file) or "load.shape".
+        QCError: "model.none", "load.path", "load.version", "load.manifest" (an entry is missing or impossible),
+            "load.module" (a module of the file is missing in the model, or is none with such a weight), "load.missing"
+            (a tensor of the model is missing in the file), "load.surplus" (the other way round), "load.shape",
+            "load.dtype", or "packing.shape" (packed tensors that do not fit their scheme). The model is as it was then.
     """
-    folder = Path(path)
+    target, folder = module_of(model), Path(path)
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         file = safe_open(str(folder / TENSORS), framework="pt")
@@ -103,15 +111,19 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
             why=str(error),
             next="give the folder given to save",
         ) from error
-    if manifest.get("version") != VERSION:
-        raise QCError("load.version", f"{folder} has format version {manifest.get('version')!r}, not {VERSION}")
+    if not isinstance(manifest, dict) or manifest.get("version") != VERSION:
+        found = manifest.get("version") if isinstance(manifest, dict) else manifest
+        raise QCError("load.version", f"{folder} has format version {found!r}, not {VERSION}")
     with file as tensors:
-        reader = _Reader(tensors, manifest["aliases"])
-        for name, entry in manifest["weights"].items():
-            _attach(model, name, entry, reader)
-        made: dict[int, nn.Parameter] = {}
-        for name, old in list(_state(model)):
-            _assign(model, name, old, reader, made)
+        aliases, weights = (_entry(manifest, key, dict, str(folder / MANIFEST)) for key in ("aliases", "weights"))
+        reader = _Reader(tensors, {name: _entry(aliases, name, str, "aliases") for name in aliases})
+        packed = [_packed(target, name, entry, reader) for name, entry in weights.items()]
+        plain = _plain(target, packed, reader)
+    for item in packed:
+        attach(item.module, item.weight, item.parts)
+    made: dict[int, nn.Parameter] = {}
+    for name, (old, tensor) in plain.items():
+        _assign(target, name, old, tensor, made)
     return model
 
 
@@ -121,11 +133,18 @@ class _Reader:
     def __init__(self, file: Any, aliases: dict[str, str]) -> None:
         self.file, self.aliases, self.names = file, aliases, set(file.keys())
         self.read: dict[str, torch.Tensor] = {}
+        self.asked: set[str] = set()
+
+    @property
+    def surplus(self) -> list[str]:
+        """Names that nobody asked for."""
+        return sorted((self.names | self.aliases.keys()) - self.asked)
 
     def __contains__(self, name: str) -> bool:
         return self.aliases.get(name, name) in self.names
 
     def __call__(self, name: str) -> torch.Tensor:
+        self.asked.add(name)
         name = self.aliases.get(name, name)
         if name not in self.names:
             raise QCError("load.missing", f"the file has no tensor {name!r}", next="was it saved from another model?")
@@ -134,23 +153,97 @@ class _Reader:
         return self.read[name]
 
 
-def _attach(model: nn.Module, path: str, entry: dict[str, Any], reader: _Reader) -> None:
+@dataclass(frozen=True)
+class _Packed:
+    """A packed weight of the file, found to fit its module."""
+
+    path: str
+    module: nn.Module
+    weight: PackedWeight
+    parts: tuple[torch.Tensor, ...]
+
+
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (*FLOATS, torch.float64)}
+_NO_DEFAULT = object()
+
+
+def _entry(table: dict[str, Any], key: str, kind: type, where: str, default: Any = _NO_DEFAULT) -> Any:
+    value = table.get(key, default)
+    if type(value) is not kind:
+        found = "no" if value is _NO_DEFAULT else f"{value!r} as"
+        raise QCError(
+            "load.manifest", f"{found} {key!r}", where=where, why=f"it is of type {kind.__name__}", next="save it again"
+        )
+    return value
+
+
+def _packed(model: nn.Module, path: str, entry: Any, reader: _Reader) -> _Packed:
+    """Read one packed weight and compare it with its module and its scheme."""
+    where = path or "the model itself"
+    if type(entry) is not dict:
+        raise QCError("load.manifest", f"{entry!r} instead of a weight's entry", where=where, next="save it again")
     try:
         module = model.get_submodule(path)
     except AttributeError as error:
         raise QCError(
             "load.module", f"the model has no module {path!r}", next="build the saved architecture"
         ) from error
-    prefix = f"{path}.parametrizations.weight.original" if path else "parametrizations.weight.original"
-    count = 0
-    while f"{prefix}{count}" in reader:
-        count += 1
-    packed = PackedWeight(
-        entry["scheme"], entry["n"], entry["k"], getattr(torch, entry["dtype"]), entry["transposed"], entry["fit"]
-    )
+    n, k = (_entry(entry, size, int, where) for size in "nk")
+    transposed = _entry(entry, "transposed", bool, where)
+    dtype, fit = _entry(entry, "dtype", str, where), _entry(entry, "fit", str, where, "minmax")
+    for value, known in ((dtype, _DTYPES), (fit, FITS)):
+        if value not in known:
+            raise QCError("load.manifest", f"unknown {value!r}", where=where, next=f"one of: {', '.join(known)}")
     if isinstance(getattr(module, "parametrizations", None), nn.ModuleDict):
         raise QCError("load.module", f"module {path!r} is converted already", next="load into a float or meta model")
-    attach(module, packed, [reader(f"{prefix}{i}") for i in range(count)])
+    old = module._parameters.get("weight")
+    if old is None or keeps_transposed(module) != transposed:
+        kind = "[k, n]" if transposed else "[n, k]"
+        raise QCError(
+            "load.module",
+            f"a {type(module).__name__} has no weight {kind}",
+            where=where,
+            next="build the saved architecture",
+        )
+    shape = (k, n) if transposed else (n, k)
+    if tuple(old.shape) != shape:
+        raise _other_shape(f"{where}.weight", shape, old)
+    try:
+        scheme = Scheme.parse(_entry(entry, "scheme", str, where))
+        parts = tuple(reader(f"{_prefix(path)}{index}") for index in range(len(part_names(scheme))))
+        check_parts(parts, scheme, n, k)
+    except QCError as error:
+        raise error.at(where) from error
+    return _Packed(path, module, PackedWeight(str(scheme), n, k, _DTYPES[dtype], transposed, fit), parts)
+
+
+def _prefix(path: str) -> str:
+    return f"{path}.parametrizations.weight.original" if path else "parametrizations.weight.original"
+
+
+def _plain(model: nn.Module, packed: list[_Packed], reader: _Reader) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """What stays as it is: (the model's tensor, the file's) by name. The file must hold these, the packed ones, and
+    nothing else."""
+    converted = {f"{item.path}.weight" if item.path else "weight" for item in packed}
+    found = {name: (old, reader(name)) for name, old in _state(model) if name not in converted}
+    if surplus := reader.surplus:
+        shown = ", ".join(surplus[:5]) + (", ..." if len(surplus) > 5 else "")
+        raise QCError(
+            "load.surplus",
+            f"the model has no place for {len(surplus)} tensors of the file: {shown}",
+            next="build the saved architecture",
+        )
+    for name, (old, tensor) in found.items():
+        if tensor.shape != old.shape:
+            raise _other_shape(name, tuple(tensor.shape), old)
+        if tensor.is_floating_point() != old.is_floating_point():
+            raise QCError("load.dtype", f"the file has {tensor.dtype}, the model {old.dtype}", where=name)
+    return found
+
+
+def _other_shape(name: str, shape: tuple[int, ...], old: torch.Tensor) -> QCError:
+    what = f"the file has shape {list(shape)}, the model {list(old.shape)}"
+    return QCError("load.shape", what, where=name, next="build the saved architecture")
 
 
 def _state(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -160,20 +253,12 @@ def _state(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def _assign(model: nn.Module, name: str, old: torch.Tensor, reader: _Reader, made: dict[int, nn.Parameter]) -> None:
+def _assign(
+    model: nn.Module, name: str, old: torch.Tensor, tensor: torch.Tensor, made: dict[int, nn.Parameter]
+) -> None:
     """Put one tensor of the file into the model. `made` keeps tied parameters tied: one file tensor, one parameter."""
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
-    if isinstance(owner, PackedParts):
-        return
-    tensor = reader(name)
-    if tensor.shape != old.shape:
-        raise QCError(
-            "load.shape",
-            f"the file has shape {list(tensor.shape)}, the model {list(old.shape)}",
-            where=name,
-            next="build the saved architecture",
-        )
     if leaf in owner._parameters:
         if id(tensor) not in made:
             grad = old.requires_grad and tensor.is_floating_point()

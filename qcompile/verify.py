@@ -3,11 +3,13 @@
 The functional graph that Inductor was given is interpreted once on the very inputs of the first call. At
 each `qmm` the generated kernel and the reference run side by side; a difference beyond what the two orders of
 summation explain is an error that names the site, not a warning: it means a kernel, a packed weight or a pass
-is wrong.
+is wrong. Lookups and sites without a kernel run the reference itself; how many sites were compared is a note of
+the plan, and a warning when it is none.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,7 +21,7 @@ from qcompile.codegen import inductor
 from qcompile.codegen.devices.cpu import run
 from qcompile.codegen.devices.cpu_bounds import expected
 from qcompile.codegen.spec import KernelSpec
-from qcompile.errors import QCError
+from qcompile.errors import QCError, QCWarning
 from qcompile.ir.matmul import OUT_DTYPES, MatmulSpec, evaluate_epilogue
 from qcompile.ir.ops import reference_only
 from qcompile.passes.base import PassContext
@@ -38,7 +40,7 @@ def verifying(inner: Callable[..., Any], ctx: PassContext) -> Callable[..., Any]
         copy = fx.GraphModule(gm, fx.Graph())
         copy.graph.output(copy.graph.graph_copy(gm.graph, {}))
         copy.recompile()
-        return _Verified(inner(gm, inputs, **settings), copy, ctx)
+        return _Verified(inner(gm, inputs, **settings), copy, ctx, bool(settings.get("is_backward")))
 
     return compile_inner
 
@@ -48,24 +50,47 @@ class _Verified:
 
     _boxed_call = True
 
-    def __init__(self, compiled: Callable[..., Any], gm: fx.GraphModule, ctx: PassContext) -> None:
-        self.compiled, self.gm, self.ctx = compiled, gm, ctx
-        self.pending = True
+    def __init__(
+        self, compiled: Callable[..., Any], gm: fx.GraphModule, ctx: PassContext, backward: bool = False
+    ) -> None:
+        self.compiled, self.backward = compiled, backward
+        # Emptied after the check: compiled code outlives the model, and these hold its weights and its first inputs.
+        # (Emptied, not replaced: wrappers around this call copy its attributes.)
+        self.pending = [(gm, ctx)]
 
     def __call__(self, args: list[Any]) -> Any:
         if self.pending:
+            gm, ctx = self.pending[0]
             # The interpreter runs on copies: the graph may write to its inputs.
             copies = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+            checker = _Checker(gm, ctx)
             with reference_only():
-                _Checker(self.gm, self.ctx).run(*copies)
-            self.pending = False
+                checker.run(*copies)
+            if not self.backward:
+                _report(checker.compared, ctx)
+            self.pending.clear()
         return self.compiled(args)
+
+
+def _report(compared: int, ctx: PassContext) -> None:
+    packed = sum(decision.packed for decision in ctx.plan)
+    groups = {decision.group for decision in ctx.plan if decision.packed and decision.group >= 0}
+    calls = len(groups) + sum(decision.packed and decision.group < 0 for decision in ctx.plan)
+    note = f"verify compared {compared} of {calls} calls that read packed weights ({packed} sites) with the reference"
+    ctx.plan.notes.append(note)
+    if calls and not compared:
+        warnings.warn(
+            f"{note}: lookups, and sites without a kernel, run the reference itself. There was nothing to verify.",
+            QCWarning,
+            stacklevel=2,
+        )
 
 
 class _Checker(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule, ctx: PassContext) -> None:
         super().__init__(gm)
         self.ctx = ctx
+        self.compared = 0
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
@@ -83,6 +108,7 @@ class _Checker(fx.Interpreter):
         rows = rows[torch.isfinite(rows.float()).all(-1)]
         if rows.shape[0] != x.numel() // spec.k:
             return  # NaN rows: defined apart, and nothing to compare
+        self.compared += 1
         plain = replace(spec, epilogue="", extras=(), out="f32")
         raw = KernelSpec.of(plain, x.dtype, torch.float32)
         sums = run(raw, rows, parts, [], spec.n, spec.k)

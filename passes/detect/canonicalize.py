@@ -1,15 +1,17 @@
 """Rewrite every spelling of "activation times weight" into `F.linear`.
 
-`x @ w`, `x @ w.T`, `mm`, `addmm`, `bmm`, `baddbmm`, `einsum`, HF `Conv1D`, weight on the left: all become one
-node kind with the weight as `[n, k]`, so that every later pass matches one thing. The reshapes and
+`x @ w`, `x @ w.T`, `mm`, `mv`, `addmm`, `bmm`, `baddbmm`, `inner`, `tensordot`, `einsum`, HF `Conv1D`, weight on the
+left: all become one node kind with the weight as `[n, k]`, so that every later pass matches one thing. The reshapes and
 transposes that this needs on the activation side are views; those on the weight side disappear into the
 weight expression.
 """
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from string import ascii_letters
 from typing import Any, ClassVar
 
 import torch
@@ -17,8 +19,9 @@ from torch import fx
 from torch.nn import functional as F
 
 from qcompile.passes.base import Pass, PassContext
+from qcompile.passes.detect.inline import inline_calls
 from qcompile.passes.detect.weights import constant_nodes
-from qcompile.passes.match import argument, insert, op_name, shape_of, value_of
+from qcompile.passes.match import argument, insert, op_name, same, same_tensor, shape_of, value_of
 
 MAX_STACKED = 64
 LINEAR = F.linear
@@ -28,19 +31,33 @@ class Canonicalize(Pass):
     """Contractions with a weight operand become `F.linear` with the weight as `[n, k]`."""
 
     name: ClassVar[str] = "canonicalize"
+    optional: ClassVar[bool] = True
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> None:
-        constants = constant_nodes(gm.graph, ctx.inputs)
-        for node in list(gm.graph.nodes):
-            rewrite = _REWRITES.get(op_name(node))
-            if rewrite is None or node.kwargs.get("out") is not None:
+        inline_calls(gm, ctx.training)
+        canonicalize(gm.graph, constant_nodes(gm.graph, ctx.inputs))
+
+
+def canonicalize(graph: fx.Graph, constants: set[fx.Node]) -> None:
+    """Rewrite a graph whose weights are `constants`, to which the new constants are added. A rewrite whose result is of
+    another shape or dtype than the user's is dropped."""
+    # The new nodes' example values are computed without the graph's autocast regions: only shapes tell there.
+    autocast = any(op_name(node) == "_enter_autocast" for node in graph.nodes)
+    for node in list(graph.nodes):
+        rewrite = _REWRITES.get(op_name(node))
+        if rewrite is None or node.kwargs.get("out") is not None:
+            continue
+        build = _Builder(graph, node, constants)
+        with graph.inserting_before(node):
+            result = rewrite(build, node)
+            alike = (
+                same(shape_of(result), shape_of(node)) if autocast else same_tensor(value_of(result), value_of(node))
+            )
+            if result is not None and alike:
+                node.replace_all_uses_with(build.laid_out(result, value_of(node)))
+                graph.erase_node(node)
                 continue
-            with gm.graph.inserting_before(node):
-                result = rewrite(_Builder(gm.graph, node, constants), node)
-            if result is not None:
-                result.meta.setdefault("example_value", value_of(node))
-                node.replace_all_uses_with(result)
-                gm.graph.erase_node(node)
+        build.undo()
 
 
 class _Builder:
@@ -48,12 +65,14 @@ class _Builder:
 
     def __init__(self, graph: fx.Graph, like: fx.Node, constants: set[fx.Node]) -> None:
         self.graph, self.like, self.constants = graph, like, constants
+        self.made: list[fx.Node] = []
 
     def is_weight(self, node: Any) -> bool:
         return isinstance(node, fx.Node) and node in self.constants
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         node = insert(self.graph, target, *args, like=self.like, **kwargs)
+        self.made.append(node)
         if node.all_input_nodes and all(n in self.constants for n in node.all_input_nodes):
             self.constants.add(node)
         return node
@@ -63,6 +82,23 @@ class _Builder:
         if kind:
             node.meta["qcompile_kind"] = kind
         return node
+
+    def laid_out(self, result: fx.Node, value: torch.Tensor) -> fx.Node:
+        """The result, contiguous where the user's was: a `view` of it may follow."""
+        if _is_contiguous(value) and not _is_contiguous(value_of(result)):
+            return self.call(torch.Tensor.contiguous, result)
+        return result
+
+    def undo(self) -> None:
+        for node in reversed(self.made):
+            self.constants.discard(node)
+            self.graph.erase_node(node)
+
+
+def _is_contiguous(value: torch.Tensor) -> bool:
+    """Whether the strides are surely those of a contiguous tensor (asking a symbolic tensor would add guards)."""
+    sizes = list(value.shape)
+    return same(value.stride(), [math.prod(sizes[i + 1 :]) for i in range(len(sizes))])
 
 
 def _matmul(build: _Builder, node: fx.Node) -> fx.Node | None:
@@ -77,6 +113,8 @@ def _matmul(build: _Builder, node: fx.Node) -> fx.Node | None:
     if len(left) == 2 and len(right) >= 2:  # weight on the left: y = w x = (xᵀ wᵀ)ᵀ
         flipped = build.linear(build.call(torch.transpose, b, -1, -2), a)
         return build.call(torch.transpose, flipped, -1, -2)
+    if len(left) == 2 and len(right) == 1:
+        return build.linear(b, a)
     return None
 
 
@@ -85,9 +123,11 @@ def _bmm_nodes(build: _Builder, a: fx.Node, b: fx.Node) -> fx.Node | None:
     left, right, value = shape_of(a), shape_of(b), value_of(b)
     if left is None or right is None or len(right) != 3 or len(left) not in (2, 3):
         return None
+    if len(left) == 3 and not same(left[:1], right[:1]):
+        return None
     if value.stride(0) == 0 and len(left) == 3:  # one matrix expanded over the batch
         return build.linear(a, build.call(torch.t, build.call(torch.select, b, 0, 0)))
-    if right[0] > MAX_STACKED or (len(left) == 3 and left[0] != right[0]):
+    if right[0] > MAX_STACKED:
         return None
     members = []
     for i in range(int(right[0])):
@@ -97,11 +137,23 @@ def _bmm_nodes(build: _Builder, a: fx.Node, b: fx.Node) -> fx.Node | None:
     return build.call(torch.stack, members, 0)
 
 
+def _mv(build: _Builder, node: fx.Node) -> fx.Node | None:
+    w, x = argument(node, 0, "input"), argument(node, 1, "vec")
+    return build.linear(x, w) if build.is_weight(w) and not build.is_weight(x) else None
+
+
+def _addmv(build: _Builder, node: fx.Node) -> fx.Node | None:
+    bias, w, x = argument(node, 0, "input"), argument(node, 1, "mat"), argument(node, 2, "vec")
+    if not build.is_weight(w) or build.is_weight(x):
+        return None
+    return _scaled_sum(build, build.linear(x, w), bias, _factor(node, "alpha"), _factor(node, "beta"))
+
+
 def _addmm(build: _Builder, node: fx.Node) -> fx.Node | None:
     bias, a, b = argument(node, 0, "input"), argument(node, 1, "mat1"), argument(node, 2, "mat2")
-    beta, alpha = argument(node, 3, "beta", 1), argument(node, 4, "alpha", 1)
     if build.is_weight(a) or not build.is_weight(b):
         return None
+    alpha, beta = _factor(node, "alpha"), _factor(node, "beta")
     weight = build.call(torch.t, b)
     shape, columns = shape_of(bias), shape_of(b)
     assert columns is not None
@@ -117,7 +169,11 @@ def _baddbmm(build: _Builder, node: fx.Node) -> fx.Node | None:
     product = _bmm_nodes(build, a, b)
     if product is None:
         return None
-    return _scaled_sum(build, product, bias, argument(node, 4, "alpha", 1), argument(node, 3, "beta", 1))
+    return _scaled_sum(build, product, bias, _factor(node, "alpha"), _factor(node, "beta"))
+
+
+def _factor(node: fx.Node, name: str) -> Any:
+    return argument(node, {"beta": 3, "alpha": 4}[name], name, 1)
 
 
 def _scaled_sum(build: _Builder, y: fx.Node, bias: Any, alpha: Any, beta: Any) -> fx.Node:
@@ -129,29 +185,84 @@ def _scaled_sum(build: _Builder, y: fx.Node, bias: Any, alpha: Any, beta: Any) -
 
 
 def _einsum(build: _Builder, node: fx.Node) -> fx.Node | None:
-    """Two operands, one of them a weight, no letter shared by both operands *and* the result."""
+    found = einsum_terms(node)
+    return None if found is None else _contract(build, *found[0], *found[1])
+
+
+def einsum_terms(node: fx.Node) -> tuple[list[Any], list[str]] | None:
+    """The two operands of an einsum, and their letters with those of the result; `None` for other einsums."""
     equation, *operands = node.args
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = list(operands[0])
-    if not isinstance(equation, str) or len(operands) != 2 or "." in equation or "->" not in equation:
+    if not isinstance(equation, str) or len(operands) != 2:
         return None
-    inputs, _, out = equation.replace(" ", "").partition("->")
-    first, second = inputs.split(",")
-    if build.is_weight(operands[0]) == build.is_weight(operands[1]):
+    inputs, arrow, out = equation.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    if not arrow:  # what stands there once, in the order of the alphabet
+        out = "..." * ("..." in inputs) + "".join(sorted(c for c in set(inputs) - set(",.") if inputs.count(c) == 1))
+    spelled = _without_dots([*terms, out], [shape_of(operand) for operand in operands]) if len(terms) == 2 else None
+    return None if spelled is None else (operands, spelled)
+
+
+def _without_dots(terms: list[str], shapes: Sequence[tuple[Any, ...] | None]) -> list[str] | None:
+    """Terms with letters in the place of "...", when one operand has it (two would broadcast)."""
+    if sum("..." in term for term in terms[:2]) > 1:
         return None
-    if build.is_weight(operands[0]):
-        operands, (first, second) = operands[::-1], (second, first)
-    x, w = operands
+    free = [c for c in ascii_letters if not any(c in term for term in terms)]
+    for term, shape in zip(terms[:2], shapes, strict=True):
+        if "..." in term and shape is not None:
+            letters = "".join(free[: len(shape) - len(term) + 3])
+            terms = [t.replace("...", letters) for t in terms]
+    return terms
+
+
+def _inner(build: _Builder, node: fx.Node) -> fx.Node | None:
+    a, b = argument(node, 0, "input"), argument(node, 1, "other")
+    return _tensordot_of(build, a, b, [-1], [-1])
+
+
+def _tensordot(build: _Builder, node: fx.Node) -> fx.Node | None:
+    a, b, dims = argument(node, 0, "a"), argument(node, 1, "b"), argument(node, 2, "dims", 2)
+    if isinstance(dims, int):
+        return _tensordot_of(build, a, b, list(range(-dims, 0)), list(range(dims)))
+    if isinstance(dims, (list, tuple)) and len(dims) == 2 and all(isinstance(d, (list, tuple)) for d in dims):
+        return _tensordot_of(build, a, b, list(dims[0]), list(dims[1]))
+    return None
+
+
+def _tensordot_of(build: _Builder, a: Any, b: Any, over_a: list[int], over_b: list[int]) -> fx.Node | None:
+    """The sum over pairs of dimensions, as an equation; the result has the rest of `a`, then the rest of `b`."""
+    left, right = shape_of(a), shape_of(b)
+    if left is None or right is None or not left or not right or len(over_a) != len(over_b):
+        return None
+    first, rest = list(ascii_letters[: len(left)]), ascii_letters[len(left) :]
+    second = list(rest[: len(right)])
+    pairs = {i % len(left): j % len(right) for i, j in zip(over_a, over_b, strict=True)}
+    for i, j in pairs.items():
+        second[j] = first[i]
+    out = [c for c in first if c not in second] + [c for c in second if c not in first]
+    return _contract(build, a, b, "".join(first), "".join(second), "".join(out))
+
+
+def _contract(build: _Builder, a: Any, b: Any, first: str, second: str, out: str) -> fx.Node | None:
+    """`einsum(first,second->out)` of two operands, one of them a weight, no letter shared by both operands *and* the
+    result."""
+    if shape_of(a) is None or shape_of(b) is None or build.is_weight(a) == build.is_weight(b):
+        return None
+    if build.is_weight(a):
+        a, b, first, second = b, a, second, first
+    x, w, rows_of, columns_of = a, b, shape_of(a) or (), shape_of(b) or ()
+    if "." in first + second + out or (len(first), len(second)) != (len(rows_of), len(columns_of)):
+        return None
     contracted = [c for c in first if c in second and c not in out]
     rows = [c for c in first if c not in contracted]
     columns = [c for c in second if c not in contracted]
     repeated = len(set(first)) < len(first) or len(set(second)) < len(second)
     if repeated or not contracted or not columns or set(rows) & set(columns) or sorted(out) != sorted(rows + columns):
         return None
-    size = {
-        **dict(zip(first, shape_of(x) or (), strict=True)),
-        **dict(zip(second, shape_of(w) or (), strict=True)),
-    }
+    # A size of one would be broadcast against the other.
+    if not all(same([rows_of[first.index(c)]], [columns_of[second.index(c)]]) for c in contracted):
+        return None
     x = build.call(torch.permute, x, [first.index(c) for c in rows + contracted])
     w = build.call(torch.permute, w, [second.index(c) for c in columns + contracted])
     if len(contracted) > 1:
@@ -161,7 +272,7 @@ def _einsum(build: _Builder, node: fx.Node) -> fx.Node | None:
         w = build.call(torch.flatten, w, 0, len(columns) - 1)
     y = build.linear(x, w)
     if len(columns) > 1:
-        y = build.call(torch.unflatten, y, -1, [int(size[c]) for c in columns])
+        y = build.call(torch.unflatten, y, -1, [int(columns_of[second.index(c)]) for c in columns])
     order = [(rows + columns).index(c) for c in out]
     return y if order == sorted(order) else build.call(torch.permute, y, order)
 
@@ -170,7 +281,11 @@ _REWRITES: dict[str, Callable[[_Builder, fx.Node], fx.Node | None]] = {
     "matmul": _matmul,
     "mm": _matmul,
     "bmm": _matmul,
+    "mv": _mv,
     "addmm": _addmm,
+    "addmv": _addmv,
     "baddbmm": _baddbmm,
+    "inner": _inner,
+    "tensordot": _tensordot,
     "einsum": _einsum,
 }

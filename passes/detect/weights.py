@@ -18,7 +18,7 @@ from torch import fx
 from qcompile import compat
 from qcompile.ir.packing import PANEL
 from qcompile.ir.scheme import Scheme
-from qcompile.passes.match import PURE, op_name, value_of, writes
+from qcompile.passes.match import PURE, memory_of, op_name, value_of, writes
 from qcompile.runtime.store import WeightExpression
 
 
@@ -62,7 +62,11 @@ def parameter_path(node: fx.Node) -> str:
         keys.append(name.strip("'\""))
         keys += [part for part in rest.split(".") if part]
     # The first key names the module inside the compiled frame ("self", "model"), not a part of its path.
-    return ".".join(keys[1:]) if len(keys) > 1 else ".".join(keys)
+    keys = keys[1:] if len(keys) > 1 else keys
+    # What stands behind a parametrized weight is that weight to whoever writes a rule.
+    if keys[-3:-2] == ["parametrizations"]:
+        keys = [*keys[:-3], keys[-2]]
+    return ".".join(keys)
 
 
 def constant_nodes(graph: fx.Graph, inputs: Mapping[str, Any]) -> set[fx.Node]:
@@ -84,8 +88,8 @@ def _written(graph: fx.Graph, constants: set[fx.Node]) -> set[fx.Node]:
     """Nodes that share storage with a parameter the graph itself writes to: those are not constant within a
     call."""
     operands = {operand for node in graph.nodes for operand in writes(node)}
-    memory = {_memory(operand) for operand in operands} - {None}  # also through views that are not in PURE
-    stack = [node for node in constants if node in operands or _memory(node) in memory]
+    memory = {memory_of(operand) for operand in operands} - {None}  # also through views that are not in PURE
+    stack = [node for node in constants if node in operands or memory_of(node) in memory]
     written: set[fx.Node] = set()
     while stack:
         current = stack.pop()
@@ -95,12 +99,68 @@ def _written(graph: fx.Graph, constants: set[fx.Node]) -> set[fx.Node]:
     return written
 
 
-def _memory(node: fx.Node) -> int | None:
-    """Which storage a node's example value lives in; views share one."""
-    value = value_of(node)
-    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
-        return None
-    return int(value.untyped_storage()._cdata)
+def is_frozen_parameter(node: fx.Node) -> bool:
+    """Whether a node is a parameter that Dynamo made a constant of the graph (`torch._inductor.config.freezing`)."""
+    owner = node.graph.owning_module
+    return node.op == "get_attr" and isinstance(getattr(owner, str(node.target), None), torch.nn.Parameter)
+
+
+def parameter_roots(graph: fx.Graph, inputs: Mapping[str, Any]) -> dict[fx.Node, fx.Node]:
+    """Every node that is a function of parameters only, whatever it computes, and one of these parameters."""
+    found: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if is_decode(node) or is_frozen_parameter(node) or isinstance(inputs.get(node.name), torch.nn.Parameter):
+            found[node] = node
+            continue
+        operands = [n for n in node.all_input_nodes if not isinstance(value_of(n), _NUMBERS)]
+        if node.op != "output" and operands and all(n in found for n in operands):
+            found[node] = found[operands[0]]
+    return found
+
+
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+def root_path(root: fx.Node) -> str:
+    """Module path of a parameter, or of the packed tensors that stand for one."""
+    if root.op == "get_attr":
+        return str(root.target)
+    return parameter_path(root.all_input_nodes[0] if is_decode(root) else root)
+
+
+def ancestors(node: fx.Node) -> list[fx.Node]:
+    """A node and everything that it is computed from, packed weights being the start of it."""
+    behind: dict[fx.Node, None] = {}
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current not in behind:
+            behind[current] = None
+            stack += [] if is_decode(current) else current.all_input_nodes
+    return list(behind)
+
+
+def why_not_constant(node: Any, roots: Mapping[fx.Node, fx.Node]) -> str:
+    """Why an operand is no weight (one of `constant_nodes`), in words.
+
+    Args:
+        roots: `parameter_roots` of its graph.
+    """
+    if not isinstance(node, fx.Node):
+        return "the weight operand is no tensor of the graph"
+    behind = ancestors(node)
+    if any(is_frozen_parameter(n) for n in behind):
+        return "the parameters are constants of the graph: torch._inductor.config.freezing is on; turn it off"
+    if node in roots:
+        work = [
+            op_name(n) for n in reversed(behind) if not (n.op == "placeholder" or is_decode(n) or op_name(n) in PURE)
+        ]
+        if work:
+            return f"the weight operand is arithmetic on parameters ({', '.join(dict.fromkeys(work))})"
+        return "the weight operand is not constant: the graph writes to it in place"
+    inputs = [n for n in behind if n.op == "placeholder" and n not in roots]
+    buffers = bool(inputs) and all("_buffers[" in compat.placeholder_source(n) for n in inputs)
+    return f"the weight operand is not a parameter: it depends on {'buffers' if buffers else 'inputs'}"
 
 
 def weight_of(node: Any, constants: set[fx.Node]) -> Weight | None:

@@ -20,7 +20,7 @@ from qcompile.passes.base import PackedInput, Pass, PassContext
 from qcompile.passes.detect.sites import SITE
 from qcompile.passes.detect.weights import Weight, constant_nodes, packed_rows, row_unit, weight_of
 from qcompile.passes.match import argument, drop_dead, insert, op_name, pick, shape_of, value_of
-from qcompile.runtime.store import Entry, WeightExpression
+from qcompile.runtime.store import Encoding, Entry, WeightExpression
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class _Freezer:
             return torch.cat(pieces)
 
         where = next(weight.path for weight in found if weight is not None)
-        entry = self.entry(roots, WeightExpression(text, evaluate, where), None)
+        entry = self.entry(roots, Encoding(WeightExpression(text, evaluate, where), None))
         return self.inputs(entry, roots)[0]
 
     def pack(self, node: fx.Node, scheme: Scheme) -> _Packed:
@@ -169,8 +169,9 @@ class _Freezer:
             parts = tuple(weight.packed.args[0])  # type: ignore[arg-type]
             self.account(node, scheme, (parts, packed_rows(weight)), before, after, None)
             return packed
-        fit = self.ctx.plan.decisions[node.meta[SITE]].fit
-        entry = self.entry(weight.roots, weight.expression, scheme, fit)
+        decision, seed = self.ctx.plan.decisions[node.meta[SITE]], self.ctx.options.seed
+        encoding = Encoding(weight.expression, scheme, decision.fit, seed, decision.min_sqnr)
+        entry = self.entry(weight.roots, encoding)
         value = value_of(weight.node)
         before = value.numel() * value.element_size()
         self.account(node, scheme, (id(entry),), before, entry.nbytes, entry)
@@ -217,10 +218,9 @@ class _Freezer:
         before = count * int(weight.packed.args[3]) * width  # type: ignore[arg-type]
         return _Packed(nodes, count), before, sum(v.numel() * v.element_size() for v in values)
 
-    def entry(
-        self, roots: Sequence[fx.Node], expression: WeightExpression, scheme: Scheme | None, fit: str = "minmax"
-    ) -> Entry:
-        return self.ctx.store.entry([self.ctx.inputs[root.name] for root in roots], expression, scheme, fit)
+    def entry(self, roots: Sequence[fx.Node], encoding: Encoding) -> Entry:
+        # A bad weight is an error of the call: another module with an equal graph, or a mended weight, runs this code.
+        return self.ctx.store.entry([self.ctx.inputs[root.name] for root in roots], encoding, later=True)
 
     def inputs(self, entry: Entry, roots: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
         """Placeholders for an entry's parts, made on first use."""

@@ -61,6 +61,7 @@ class Epilogue(Pass):
 
     name: ClassVar[str] = "epilogue"
     stage: ClassVar[Stage] = "post"
+    optional: ClassVar[bool] = True
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> None:
         for node in [n for n in gm.graph.nodes if n.target is torch.ops.qcompile.qmm.default]:
@@ -121,9 +122,10 @@ def _segments(qmm: fx.Node) -> tuple[fx.Node, fx.Node] | None:
 
 
 def _grow(
-    leaves: Mapping[fx.Node, str], extras: list[fx.Node], kinds: list[str], order: Mapping[fx.Node, int]
+    leaves: Mapping[fx.Node, str], extras: Sequence[fx.Node], kinds: Sequence[str], order: Mapping[fx.Node, int]
 ) -> _Region | None:
     """Absorb users of `leaves` in graph order; `extras` and `kinds` are what the leaves read already."""
+    extras, kinds = list(extras), list(kinds)
     shape = value_of(next(iter(leaves))).shape
     text: dict[fx.Node, str] = dict(leaves)
     best: _Region | None = None

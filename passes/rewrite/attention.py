@@ -8,6 +8,7 @@ they lie. Every row computes the same sums as before.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from torch import fx
 from torch.nn import functional as F
 
 from qcompile.passes.base import Pass, PassContext
-from qcompile.passes.match import argument, drop_dead, hint, insert, op_name, same, shape_of, value_of
+from qcompile.passes.match import argument, drop_dead, effects_before, hint, insert, op_name, same, shape_of, value_of
 
 _MERGES = ("reshape", "view", "flatten", "contiguous", "_unsafe_view")
 
@@ -24,15 +25,17 @@ class GroupQueries(Pass):
     """Rewrite single-position grouped-query attention; everything else is left alone."""
 
     name: ClassVar[str] = "group_queries"
+    optional: ClassVar[bool] = True
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> None:
+        effects = effects_before(gm.graph)
         for node in list(gm.graph.nodes):
             if op_name(node) == "scaled_dot_product_attention":
-                _rewrite(gm.graph, node)
+                _rewrite(gm.graph, node, effects)
         drop_dead(gm.graph)
 
 
-def _rewrite(graph: fx.Graph, node: fx.Node) -> None:
+def _rewrite(graph: fx.Graph, node: fx.Node, effects: Mapping[fx.Node, int]) -> None:
     q, k, v = (argument(node, i, name) for i, name in enumerate(("query", "key", "value")))
     mask, dropout = argument(node, 3, "attn_mask"), argument(node, 4, "dropout_p", 0.0)
     causal, scale = argument(node, 5, "is_causal", False), argument(node, 6, "scale")
@@ -45,10 +48,12 @@ def _rewrite(graph: fx.Graph, node: fx.Node) -> None:
         return
     grouped = argument(node, 7, "enable_gqa", False)
     with graph.inserting_before(node):
-        keys = k if grouped else _before_repeat(graph, k, node)
-        values = v if grouped else _before_repeat(graph, v, node)
+        keys = k if grouped else _before_repeat(graph, k, node, effects)
+        values = v if grouped else _before_repeat(graph, v, node, effects)
         kv = shape_of(keys) if keys is not None else None
         if keys is None or values is None or kv is None or shape_of(values) is None:
+            return
+        if not same(shape[:1], kv[:1]):  # broadcasting over the batch would change the result's shape
             return
         heads, shared = hint(shape[1]), hint(kv[1])
         if not heads or not shared or heads == shared or heads % shared or shape_of(values)[1] != kv[1]:  # type: ignore[index]
@@ -60,16 +65,20 @@ def _rewrite(graph: fx.Graph, node: fx.Node) -> None:
     graph.erase_node(node)
 
 
-def _before_repeat(graph: fx.Graph, node: Any, like: fx.Node) -> fx.Node | None:
-    """Keys or values `[b, kv heads, s, d]` before their heads were repeated; `None` when they were not."""
+def _before_repeat(graph: fx.Graph, node: Any, like: fx.Node, effects: Mapping[fx.Node, int]) -> fx.Node | None:
+    """Keys or values `[b, kv heads, s, d]` before their heads were repeated; `None` when they were not, or when
+    anything is written between the repeat and `like`: the repeat is a copy, which does not see that."""
     shape = shape_of(node)
-    if shape is None or not isinstance(node, fx.Node):
+    if shape is None or not isinstance(node, fx.Node) or effects[node] != effects[like]:
         return None
-    if op_name(node) == "repeat_interleave" and argument(node, 2, "dim") in (1, -3):
-        base = node.args[0]
-        return base if isinstance(base, fx.Node) else None
-    while op_name(node) in _MERGES and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
+    if op_name(node) == "repeat_interleave":
+        base, repeats = argument(node, 0, "input"), argument(node, 1, "repeats")
+        one = isinstance(repeats, int) and argument(node, 2, "dim") in (1, -3)
+        return base if one and isinstance(base, fx.Node) else None
+    while op_name(node) in _MERGES and isinstance(argument(node, 0, "input"), fx.Node):
+        node = argument(node, 0, "input")
+        if effects.get(node) != effects[like]:
+            return None
         value = value_of(node)
         # The repeat is a dimension of stride zero between heads and positions, whatever spelled it.
         if isinstance(value, torch.Tensor) and value.dim() == 5 and value.stride(2) == 0:

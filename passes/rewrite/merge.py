@@ -24,6 +24,7 @@ class Merge(Pass):
 
     name: ClassVar[str] = "merge"
     requires: ClassVar[tuple[str, ...]] = ("resolve",)
+    optional: ClassVar[bool] = True
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> None:
         constants = constant_nodes(gm.graph, ctx.inputs)

@@ -38,14 +38,14 @@ class Resolve(Pass):
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> None:
         constants = constant_nodes(gm.graph, ctx.inputs)
         choices: list[Choice] = []
+        for decision in list(ctx.plan):  # some of these lie in graphs inside this one
+            if decision.site.refused:
+                _refuse(ctx, decision.site, decision.site.refused)
         for node in gm.graph.nodes:
             index = node.meta.get(SITE)
-            if index is None:
+            if index is None or ctx.plan.decisions[index].site.refused:
                 continue
             site = ctx.plan.decisions[index].site
-            if site.refused:
-                _refuse(ctx, site, site.refused)
-                continue
             weight = weight_of(argument(node, 1, "weight"), constants)
             assert weight is not None  # detect refuses sites without one
             choice = _choose(ctx, site, weight)
@@ -90,7 +90,8 @@ def _choose(ctx: PassContext, site: Site, weight: Weight) -> Choice:
 
 def _refuse(ctx: PassContext, site: Site, reason: str) -> None:
     ctx.plan.update(site.index, reason=reason)
-    if ctx.options.strict and site.kind in ("linear", "head", "embedding"):
+    contracts = site.kind == "other" and site.flops != 0
+    if ctx.options.strict and (site.kind in ("linear", "head", "embedding") or contracts):
         raise QCError(
             "site.refused",
             f"{site.kind} site cannot be quantized",
@@ -105,7 +106,7 @@ def _refuse(ctx: PassContext, site: Site, reason: str) -> None:
 
 def _decide(ctx: PassContext, site: Site, choice: Choice, node: fx.Node) -> None:
     plan, options = ctx.plan, ctx.options
-    decision = Decision(site, choice.weight, choice.act, choice.fit, reason=choice.reason)
+    decision = Decision(site, choice.weight, choice.act, choice.fit, reason=choice.reason, min_sqnr=choice.min_sqnr)
     plan.decisions[site.index] = decision
     if choice.weight is None:
         return

@@ -6,8 +6,8 @@ So a pass works on a copy, and an input that a pass adds has to look like one th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -23,6 +23,25 @@ def skip_module_guards(guards: Sequence[Any]) -> list[bool]:
     """A guard filter that keeps checks on inputs and drops those on modules, as `torch.compiler` offers
     it."""
     return list(torch.compiler.skip_guard_on_all_nn_modules_unsafe(guards))
+
+
+@contextmanager
+def eager_parts() -> Iterator[list[str]]:
+    """Collect, by the end of the block, why code inside it ran without being compiled: first lines of Dynamo's reasons,
+    and one of ours for code it skipped without giving any."""
+    from torch._dynamo.utils import counters
+
+    def state() -> tuple[dict[str, int], int]:
+        frames = counters["frames"]
+        return dict(counters["graph_break"]), frames["total"] - frames["ok"]
+
+    breaks, skipped = state()
+    found: list[str] = []
+    yield found
+    after, skipped_after = state()
+    found += [str(reason).splitlines()[0] for reason, count in after.items() if count > breaks.get(reason, 0)]
+    if skipped_after > skipped:
+        found.append(f"Dynamo could not trace {skipped_after - skipped} function(s)")
 
 
 def unlimited_recompiles() -> AbstractContextManager[object]:

@@ -40,6 +40,7 @@ __all__ = [
     "QParams",
     "check_parts",
     "choose_qparams",
+    "clamped",
     "decode",
     "dequantize",
     "encode",
@@ -242,6 +243,20 @@ def check_parts(parts: Sequence[Tensor], scheme: Scheme, n: int, k: int) -> None
                 f"{want.name} are {part.dtype} {list(part.shape)}",
                 why=f"those of [{n}, {k}] in {scheme} are {want.dtype} {list(want.shape)}",
             )
+
+
+def clamped(parts: Sequence[Tensor], scheme: Scheme, n: int) -> bool:
+    """Whether a weight of `n` rows has a size that the format of its scales cannot hold: a scale or minimum at the upper
+    end of the range, or no scale above the lower end. Such a weight decodes to other values than were encoded."""
+    named = dict(zip(part_names(scheme), parts, strict=True))
+    stored, fmt = named["scales"], scheme.scale.format
+    if scheme.outer is not None:  # inner scales are relative to the outer ones
+        stored, fmt = named["outer"], scheme.outer.format
+    scales = load_scale(unpack_scales(stored, n, scheme.packing), fmt)
+    if scales.numel() == 0:
+        return False
+    top = float(scales.max())
+    return top >= fmt.high or top <= fmt.low or ("mins" in named and float(named["mins"].abs().max()) >= fmt.high)
 
 
 def part_names(scheme: Scheme) -> tuple[str, ...]:

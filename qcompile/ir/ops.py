@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from qcompile.errors import QCError
-from qcompile.ir.codec import dequantize, dequantize_rows
+from qcompile.ir.codec import check_parts, dequantize, dequantize_rows
 from qcompile.ir.matmul import OUT_DTYPES, MatmulSpec, reference_qmm
 from qcompile.ir.scheme import Scheme
 
@@ -64,6 +64,7 @@ def qmm_reference(
 def _qembedding(
     ids: torch.Tensor, parts: Sequence[torch.Tensor], scheme: str, n: int, k: int, dtype: torch.dtype
 ) -> torch.Tensor:
+    check_parts(parts, Scheme.parse(scheme), n, k)
     # Panels are padded, so an id beyond the table would find a row. A lookup in the row numbers themselves makes torch
     # check it, in eager mode and in generated code, as it does for a float table; compiled, it reads no memory.
     rows = torch.arange(n, device=ids.device).unsqueeze(1)
@@ -79,12 +80,17 @@ def _decode(parts: Sequence[torch.Tensor], scheme: str, n: int, k: int, dtype: t
 def _fake_qmm(
     x: torch.Tensor, parts: Sequence[torch.Tensor], extras: Sequence[torch.Tensor], spec: str
 ) -> torch.Tensor:
+    # Every traced graph passes here, so no compiled code meets packed tensors other than it was written for.
     what = MatmulSpec.parse(spec)
+    step = what.parts_per_segment
+    for i, n in enumerate(what.n):
+        check_parts(parts[i * step : (i + 1) * step], what.weight, n, what.k)
     dtype = OUT_DTYPES[what.out] if what.out else x.dtype
     return x.new_empty((*x.shape[:-1], what.columns), dtype=dtype)
 
 
 def _fake_decode(parts: Sequence[torch.Tensor], scheme: str, n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
+    check_parts(parts, Scheme.parse(scheme), n, k)
     return parts[0].new_empty((n, k), dtype=dtype)
 
 

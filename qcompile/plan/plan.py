@@ -6,6 +6,7 @@ so that nothing about a site is ever silent.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -30,6 +31,7 @@ class Decision:
         bytes_after: bytes of the packed weight held by the store (0 when another site already counts it).
         sqnr: weight signal-to-noise ratio in dB, `None` when not measured.
         group: index of the merge group (sites that became one matmul), or -1.
+        min_sqnr: the signal-to-noise ratio (dB) that the recipe's rule asks the weight to keep.
         packed: whether a pass gave the site packed operands; a decision alone changes nothing.
         entry: the store's packed weight behind the site, if the store holds it.
     """
@@ -44,6 +46,7 @@ class Decision:
     bytes_after: int = 0
     sqnr: float | None = None
     group: int = -1
+    min_sqnr: float = -math.inf
     packed: bool = False
     entry: Entry | None = field(default=None, compare=False, repr=False)
 

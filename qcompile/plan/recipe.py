@@ -99,13 +99,15 @@ class Rule:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a recipe says about one site; `rule` is the index of the rule that matched, -1 for none."""
+    """What a recipe says about one site; `rule` is the index of the rule that matched, -1 for none; `min_sqnr` is what
+    that rule asks of the weight."""
 
     weight: Scheme | None
     act: Scheme | None
     rule: int
     reason: str = ""
     fit: str = "minmax"
+    min_sqnr: float = -math.inf
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ class Recipe:
                     continue
             act = rule.act if site.kind in _MATMULS else None
             reason = passed_over if rule.weight else f"rule {index} keeps it float"
-            return Choice(rule.weight, act, index, reason, rule.fit)
+            return Choice(rule.weight, act, index, reason, rule.fit, rule.min_sqnr)
         return Choice(None, None, -1, passed_over or f"no rule of recipe {self.name!r} matches")
 
     def unused(self, choices: Iterable[Choice]) -> list[Rule]:
@@ -197,12 +199,15 @@ class Recipe:
 
 
 def sqnr_db(weight: torch.Tensor, scheme: Scheme) -> float:
-    """Signal-to-quantization-noise ratio of a weight under a scheme, in dB (inf when exact).
+    """Signal-to-quantization-noise ratio of a weight under a scheme, in dB (inf when exact, -inf for a weight with NaN or
+    infinity: whether that is an error is for whoever packs it to say).
 
     Args:
         weight: `[n, k]` floating point.
     """
     wide = weight.detach().to(torch.float32)
+    if not bool(torch.isfinite(wide).all()):
+        return -math.inf
     error = dequantize(quantize(wide, scheme), scheme, *wide.shape) - wide
     signal, noise = float(wide.square().sum()), float(error.square().sum())
     return math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal else -math.inf

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-KINDS = ("linear", "head", "embedding", "bmm", "conv", "attention")
+KINDS = ("linear", "head", "embedding", "bmm", "conv", "attention", "other")
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Site:
     Attributes:
         index: position in the graph; the identity of the site inside one plan.
         kind: one of `KINDS`. A *head* is a linear that shares an embedding's weight or is far wider than deep.
+            *other*: an operator that reads a weight in a way that is not handled.
         path: module path of the weight ("model.layers.0.mlp.up_proj.weight"), or "" when no module owns it.
         source: user's line, "file.py:12", or "".
         n: output features (rows of an embedding table), 0 when it has no weight.

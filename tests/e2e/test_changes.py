@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import warnings
 import weakref
 from collections.abc import Callable
 
@@ -13,10 +14,10 @@ from torch import Tensor, nn
 
 import qcompile
 from qcompile.backend import watching
-from qcompile.errors import QCError
+from qcompile.errors import QCError, QCWarning
 from qcompile.runtime.store import STORE
 from tests.e2e.models import TinyLM
-from tests.e2e.support import compiled, encodes_during, planned
+from tests.e2e.support import RECIPE, compiled, encodes_during, planned
 
 Change = Callable[[nn.Module], object]
 
@@ -184,10 +185,55 @@ def test_another_shape_or_dtype_compiles_again() -> None:
     assert len(trace.contexts) >= 3
 
 
+def test_other_strides_and_back() -> None:
+    """One graph for each kind of strides; both write to one packed copy."""
+    model, x = nn.Linear(32, 32).eval(), torch.randn(2, 32)
+    turned = copy.deepcopy(model)
+    turned.weight.data = turned.weight.data.t()
+    wanted = [planned(net, x) for net in (model, turned)]
+    with torch.no_grad(), watching("reference") as trace:
+        run = compiled(model)
+        for want in wanted * 2:
+            assert torch.equal(run(x), want)
+            model.weight.data = model.weight.data.t()
+    assert len(trace.contexts) == 2
+
+
+def test_writes_that_torch_does_not_count_are_announced() -> None:
+    with torch.inference_mode():
+        model, x = nn.Linear(32, 16).eval(), torch.randn(2, 32)
+        with watching("reference"):
+            run = compiled(model)
+            with pytest.warns(QCWarning, match=r"weight was made under torch\.inference_mode.*qcompile\.refresh"):
+                run(x)
+            model.load_state_dict(_fresh_state(model))
+            qcompile.refresh(model)
+            after = run(x)
+        assert torch.equal(after, planned(copy.deepcopy(model), x))
+
+
+def test_a_scheme_chosen_for_other_values_is_announced() -> None:
+    """The same code, decided for weights that 4 bits hold exactly, meets others."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(64, 64, bias=False).eval(), torch.randn(2, 64)
+    usual = model.weight.detach().clone()
+    with torch.no_grad(), watching("reference") as trace:
+        model.weight.copy_((usual > 0).float())
+        run = compiled(model, "auto")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", QCWarning)
+            run(x)
+        model.weight.copy_(usual)
+        with pytest.warns(QCWarning, match=r"weight: uint4.* keeps only 2\d\.\d dB .* asks for 30.*compile again"):
+            run(x)
+    assert len(trace.contexts) == 1
+
+
 @pytest.mark.parametrize("kind", ["reference", "compiled"])
 def test_nothing_keeps_a_dead_model(kind: str) -> None:
-    """Neither its parameters nor, once its code is gone, its packed weights."""
+    """Neither its parameters nor its packed weights."""
     model, x = nn.Sequential(nn.Linear(32, 16), nn.Linear(16, 16)).eval(), torch.randn(2, 32)
+    gc.collect()
     known = len(list(STORE))
     with torch.no_grad(), watching(kind) as trace:  # type: ignore[arg-type]
         run = compiled(model)
@@ -200,7 +246,37 @@ def test_nothing_keeps_a_dead_model(kind: str) -> None:
     gc.collect()
     assert old() is None, "a replaced parameter lives on"
     assert len(list(STORE)) == known + 2
+    packed = [weakref.ref(part) for entry in list(STORE)[-2:] for part in entry.parts]
     del run, model
-    torch._dynamo.reset()
     gc.collect()
     assert len(list(STORE)) == known
+    # ... and Dynamo still has the code.
+    assert [ref() for ref in packed] == [None] * 4
+
+
+def test_convert_gives_the_compiled_copy_back() -> None:
+    model, x = nn.Sequential(nn.Linear(32, 16), nn.Linear(16, 16)).eval(), torch.randn(2, 32)
+    with torch.no_grad():
+        known = {id(entry) for entry in STORE}
+        run = compiled(model)
+        run(x)
+        packed = [weakref.ref(part) for entry in STORE if id(entry) not in known for part in entry.parts]
+        assert len(packed) == 4
+        qcompile.convert(model, RECIPE)
+        gc.collect()
+        assert [ref() for ref in packed] == [None] * 4
+        assert run(x).shape == (2, 16)
+
+
+def test_gradients_do_not_keep_a_dead_model() -> None:
+    """A graph with a backward part of its own."""
+    model, x = nn.Sequential(nn.Linear(32, 16), nn.Linear(16, 16)).requires_grad_(False), torch.randn(2, 32)
+    known = {id(entry) for entry in STORE}
+    run = compiled(model)
+    run(x.requires_grad_()).sum().backward()
+    parts = [part for entry in STORE if id(entry) not in known for part in entry.parts]
+    held = [weakref.ref(item) for item in (*model.parameters(), *parts)]
+    assert len(held) == 8
+    del model, run, parts
+    gc.collect()
+    assert not [ref() for ref in held if ref() is not None]

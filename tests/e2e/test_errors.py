@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qcompile import QCError, QCWarning, explain
+from qcompile import QCError, QCWarning, explain, load, refresh, save
 from qcompile.backend import watching
 from qcompile.conversion import convert
 from tests.e2e.support import compiled, decoded, fp32_step, noise_bound
@@ -128,3 +130,47 @@ def test_a_recipe_file_that_is_none(tmp_path: Path) -> None:
         with pytest.raises(QCError) as caught:
             Recipe.of(file)
         assert caught.value.code in ("recipe.version", "recipe.file", "recipe.rule"), text
+
+
+def test_a_mended_weight_runs_and_other_modules_never_noticed() -> None:
+    """Modules of one kind share compiled code: what is wrong with the values of one is no property of that code."""
+    bad, good = with_nan(), model()
+
+    def call(net: nn.Module, x: Tensor) -> Tensor:
+        return net(x)
+
+    with torch.no_grad(), watching("reference") as trace:
+        run = compiled(call, "auto")
+        for _ in range(2):
+            with pytest.raises(QCError, match=r"2\.weight: index \[3, 4\]"):
+                run(bad, X)
+        assert torch.equal(run(good, X), run(good, X))
+        bad[2].weight[3, 4] = 0.5
+        want = decoded(bad, "int8/g64:fp16")
+        assert (run(bad, X) - want(X)).abs().max() <= noise_bound(want, X, step=fp32_step(64))
+    assert len(trace.contexts) == 1
+
+
+@pytest.mark.parametrize("options", [{"recipe": "int8"}, {"recipe": "itn4"}])
+def test_an_error_does_not_keep_the_model(options: dict[str, Any]) -> None:
+    bad, x = with_nan(), torch.randn(2, 64)
+    with torch.no_grad():
+        run = compiled(bad, **options)
+        for _ in range(2):
+            with pytest.raises(QCError) as caught:
+                run(x)
+            assert caught.value.__cause__ is None or options["recipe"] == "int8"
+    held = [weakref.ref(item) for item in (*bad.parameters(), x)]
+    del bad, run, x, caught
+    gc.collect()
+    assert [ref() for ref in held] == [None] * 5
+
+
+def test_a_function_has_no_weights() -> None:
+    net = model()
+    for call in (refresh, convert, lambda target: save(target, "never"), lambda target: load(target, "never")):
+        with pytest.raises(QCError, match="function has no parameters") as caught:
+            call(lambda x: net(x))  # type: ignore[arg-type, return-value]
+        assert caught.value.code == "model.none"
+    for target in (net, torch.compile(net), net[0].weight):
+        assert refresh(target) == 0

@@ -1,12 +1,21 @@
-"""Graphs of packed matmuls are run here to see what a pass made of them, not to build kernels."""
+"""Graphs of packed matmuls are run here to see what a pass made of them, not to build kernels. What a late pass notes is
+noted when it runs: no earlier run may have filled the disk caches."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from qcompile.ir.ops import reference_only
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_disk_cache(disk_cache: Path) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(disk_cache))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -153,6 +153,31 @@ def test_long_regions_end_somewhere() -> None:
     assert (gm(*inputs)[0] - before).abs().max() <= 7 * 10 * FLOAT * (1.13 * max(top, 1)) ** 7 * 10
 
 
+HALF_PAIRS: dict[str, Callable[..., Tensor]] = {
+    "clamped gate": lambda a, b: a.clamp(-1, 1) * b,
+    "relu6 gate": lambda a, b: F.relu6(a) * b,
+    "leaky gate": lambda a, b: F.leaky_relu(a) * b,
+    "clamped both": lambda a, b: F.gelu(a.clamp(max=7)) * (b.clamp(-7, 7) + 1),
+    "one of two outputs": lambda a, b: torch.cat([a * b, a], -1),
+}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", HALF_PAIRS)
+def test_pairs_that_cannot_be_fused_whole(name: str, bias: bool) -> None:
+    """What growing a pair has tried leaves nothing behind."""
+    gm, inputs, ctx = post_graph(Functional(HALF_PAIRS[name], (N, N), bias=bias), mat(M, 32))
+    (before,) = gm(*inputs)
+    count = len(gm.graph.nodes)
+    run([Epilogue()], gm, ctx)
+    gm.graph.lint()
+    assert len(gm.graph.nodes) <= count
+    (after,) = gm(*inputs)
+    # The functions may be absorbed in part: see test_fused for the bound.
+    top = max(1.0, float(before.abs().max()))
+    assert (after - before).abs().max() <= 24 * FLOAT * 3 * (top + top**3)
+
+
 def test_twice_is_once() -> None:
     for function, n, bias, extras in FUSED.values():
         gm, _, ctx = post_graph(Functional(function, n, bias=bias), mat(M, 32), *extras)

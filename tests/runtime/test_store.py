@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import gc
+import warnings
+import weakref
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from qcompile.errors import QCError
+from qcompile.errors import QCError, QCWarning
 from qcompile.ir.codec import dequantize, quantize
 from qcompile.ir.scheme import Scheme
 from qcompile.runtime.frozen import FrozenCall, Slot
-from qcompile.runtime.store import Store, WeightExpression
+from qcompile.runtime.store import Encoding, Store, WeightExpression
 
 SCHEME = Scheme.parse("int8/axis0:fp32")
 SAME = WeightExpression("p0", lambda w: w, "layer.weight")
+PACKED = Encoding(SAME, SCHEME)
 JOIN = WeightExpression("cat", lambda a, b: torch.cat([a, b]), "joined")
+JOINED = Encoding(JOIN, None)
 
 
 def weight(*shape: int) -> nn.Parameter:
@@ -25,12 +29,12 @@ def weight(*shape: int) -> nn.Parameter:
 
 def test_one_entry_per_parameter_function_and_scheme() -> None:
     store, a, b = Store(), weight(), weight()
-    first = store.entry([a], SAME, SCHEME)
-    assert store.entry([a], SAME, SCHEME) is first
+    first = store.entry([a], PACKED)
+    assert store.entry([a], PACKED) is first
     others = [
-        store.entry([b], SAME, SCHEME),
-        store.entry([a], SAME, Scheme.parse("int4/g32:fp16")),
-        store.entry([a], WeightExpression("other", lambda w: w * 2), SCHEME),
+        store.entry([b], PACKED),
+        store.entry([a], Encoding(SAME, Scheme.parse("int4/g32:fp16"))),
+        store.entry([a], Encoding(WeightExpression("other", lambda w: w * 2), SCHEME)),
     ]
     assert len({id(entry) for entry in [first, *others]}) == 4 == len(list(store))
     assert first.encodes == 1
@@ -40,23 +44,23 @@ def test_one_entry_per_parameter_function_and_scheme() -> None:
 
 def test_in_place_while_the_weight_keeps_its_kind() -> None:
     store, a = Store(), weight()
-    entry = store.entry([a], SAME, SCHEME)
+    entry = store.entry([a], PACKED)
     parts = list(entry.parts)
     with torch.no_grad():
         a.mul_(2)
-    assert store.entry([a], SAME, SCHEME) is entry
+    assert store.entry([a], PACKED) is entry
     assert entry.encodes == 2
     assert all(new is old for new, old in zip(entry.parts, parts, strict=True))
     a.data = torch.randn(24, 32)
-    store.entry([a], SAME, SCHEME)
+    store.entry([a], PACKED)
     assert entry.parts[0].shape == quantize(a.detach(), SCHEME)[0].shape
     assert entry.shape == (24, 32)
 
 
 def test_a_dead_parameter_takes_its_entries_along() -> None:
     store, a, b = Store(), weight(), weight()
-    store.entry([a, b], JOIN, None)
-    kept = store.entry([b], SAME, SCHEME)
+    store.entry([a, b], JOINED)
+    kept = store.entry([b], PACKED)
     epoch = store.epoch
     del a
     gc.collect()
@@ -72,7 +76,7 @@ def test_a_dead_parameter_takes_its_entries_along() -> None:
 
 def test_mark_counts_entries_once() -> None:
     store, a, b = Store(), weight(), weight()
-    store.entry([a, b], JOIN, None)
+    store.entry([a, b], JOINED)
     epoch = store.epoch
     assert store.mark([a, b]) == 1
     assert store.epoch == epoch + 1
@@ -82,7 +86,7 @@ def test_mark_counts_entries_once() -> None:
 
 def test_sqnr_of_a_dead_parameter_is_unknown() -> None:
     store, a = Store(), weight()
-    entry = store.entry([a], SAME, SCHEME)
+    entry = store.entry([a], PACKED)
     error = entry.decoded() - a.detach()
     want = 10 * torch.log10(a.detach().square().sum() / error.square().sum())
     assert entry.sqnr_db() == pytest.approx(float(want), rel=1e-6)  # one fp32 log10
@@ -93,20 +97,20 @@ def test_sqnr_of_a_dead_parameter_is_unknown() -> None:
 
 def test_a_bad_weight_names_its_module_and_leaves_the_old_parts() -> None:
     store, a = Store(), weight()
-    entry = store.entry([a], SAME, SCHEME)
+    entry = store.entry([a], PACKED)
     codes = entry.parts[0].clone()
     with torch.no_grad():
         a[2, 3] = float("inf")
     for _ in range(2):
         with pytest.raises(QCError, match=r"layer\.weight: index \[2, 3\]") as caught:
-            store.entry([a], SAME, SCHEME)
+            store.entry([a], PACKED)
         assert caught.value.code == "codec.nonfinite-weight"
     assert torch.equal(entry.parts[0], codes)
 
 
 def frozen(store: Store, a: nn.Parameter) -> FrozenCall:
     """A graph `(weight, x) -> (codes, x)` whose weight is packed."""
-    entry = store.entry([a], SAME, SCHEME)
+    entry = store.entry([a], PACKED)
     return FrozenCall(lambda *args: args, [Slot(entry, 0, (0,))], [1], store)
 
 
@@ -140,3 +144,103 @@ def test_frozen_call_follows_every_change() -> None:
         store.mark([a])
         now(a)
     assert len(list(store)) == 1
+
+
+def test_packed_tensors_die_with_their_parameter() -> None:
+    """Compiled code lives on in Dynamo's caches: it must not hold them."""
+    store, a, b, x = Store(), weight(), weight(), torch.randn(2)
+    call = frozen(store, a)
+    want = call(b, x)[0].clone()
+    old = [weakref.ref(part) for part in store.entry([a], PACKED).parts]
+    call(a, x)
+    del a
+    gc.collect()
+    assert [ref() for ref in old] == [None, None]
+    assert torch.equal(call(b, x)[0], want)
+
+
+def test_strides_that_change_and_change_back() -> None:
+    """Dynamo compiles another graph for other strides, and returns to the first one when they do."""
+    store, a, x = Store(), weight(32, 32), torch.randn(2)
+    first = frozen(store, a)
+    codes = first(a, x)[0].clone()
+    a.data = a.data.t()
+    second = frozen(store, a)
+    turned = second(a, x)[0].clone()
+    assert torch.equal(turned, quantize(a.detach(), SCHEME)[0])
+    assert not torch.equal(turned, codes)
+    for call, want in ((first, codes), (second, turned), (first, codes)):
+        a.data = a.data.t()
+        assert torch.equal(call(a, x)[0], want)
+
+
+def test_a_seed_counts_where_rounding_is_random() -> None:
+    store, a = Store(), weight(16, 64)
+    random = Scheme.parse("int4/g32:fp16~stochastic")
+    one, other = (store.entry([a], Encoding(SAME, random, seed=seed)) for seed in (1, 2))
+    assert not torch.equal(one.parts[0], other.parts[0])
+    assert torch.equal(one.parts[0], quantize(a.detach(), random, seed=1)[0])
+    assert store.entry([a], Encoding(SAME, SCHEME, seed=1)) is store.entry([a], Encoding(SAME, SCHEME, seed=2))
+
+
+def test_a_bad_weight_can_wait_for_the_call() -> None:
+    store, a, x = Store(), weight(), torch.randn(2)
+    with torch.no_grad():
+        a[2, 3] = float("nan")
+    entry = store.entry([a], PACKED, later=True)
+    assert entry.error is not None
+    assert (entry.error.__traceback__, entry.error.__cause__) == (None, None)
+    assert entry.encodes == 0
+    call = FrozenCall(lambda *args: args, [Slot(entry, 0, (0,))], [1], store)
+    for _ in range(2):
+        with pytest.raises(QCError, match=r"layer\.weight: index \[2, 3\]"):
+            call(a, x)
+    b = weight()
+    assert torch.equal(call(b, x)[0], quantize(b.detach(), SCHEME)[0])
+    with torch.no_grad():
+        a[2, 3] = 0
+    assert torch.equal(call(a, x)[0], quantize(a.detach(), SCHEME)[0])
+    assert entry.error is None
+
+
+def test_a_minimum_that_a_later_weight_misses_is_said_once() -> None:
+    """The scheme was chosen because a weight was representable; another one that uses the same code is not."""
+    coarse = Encoding(SAME, Scheme.parse("int4/g32:fp16"), min_sqnr=30.0)
+    exact = nn.Parameter((torch.randn(8, 32) > 0).float())
+    store, a, x = Store(), exact, torch.randn(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        entry = store.entry([a], coarse)
+        call = FrozenCall(lambda *args: args, [Slot(entry, 0, (0,))], [1], store)
+        call(a, x)
+    with pytest.warns(QCWarning, match=r"layer\.weight: int4/g32:fp16 keeps only \d\d\.\d dB .* asks for 30\."):
+        call(b := weight(), x)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        b.mul_(2)
+        call(b, x)
+    with torch.no_grad():
+        a.copy_(b)
+    with pytest.warns(QCWarning, match="dB"):
+        call(a, x)
+
+
+def test_a_higher_minimum_of_another_graph_is_checked() -> None:
+    store, a, scheme = Store(), weight(), Scheme.parse("int4/g32:fp16")
+    store.entry([a], Encoding(SAME, scheme))
+    with pytest.warns(QCWarning, match="asks for 90"):
+        store.entry([a], Encoding(SAME, scheme, min_sqnr=90.0))
+
+
+def test_a_weight_beyond_its_scales_is_named() -> None:
+    store, a = Store(), nn.Parameter(torch.randn(8, 32) * 1e7)
+    with pytest.warns(QCWarning, match=r"layer\.weight: .* fp32 scales"):
+        store.entry([a], Encoding(SAME, Scheme.parse("int4/g32:fp16")))
+
+
+def test_parameters_without_a_version_counter_are_named() -> None:
+    store = Store()
+    with torch.inference_mode():
+        a = weight()
+    with pytest.warns(QCWarning, match=r"layer\.weight was made under .*refresh"):
+        frozen(store, a)

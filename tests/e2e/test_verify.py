@@ -1,0 +1,43 @@
+"""`verify=True`: what is compared, what it says about the rest, and that nothing stays behind."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from qcompile import QCWarning
+from qcompile.backend import watching
+from tests.e2e.support import compiled
+
+
+def test_calls_are_counted_and_nothing_is_kept() -> None:
+    model, x = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 16)).eval(), torch.randn(2, 32)
+    with torch.no_grad(), watching() as trace, warnings.catch_warnings():
+        warnings.simplefilter("error", QCWarning)
+        run = compiled(model, verify=True)
+        run(x)
+    (note,) = [note for ctx in trace.contexts for note in ctx.plan.notes if "verify" in note]
+    assert note.startswith("verify compared 2 of 2 calls")
+    trace.contexts.clear()
+    held = [weakref.ref(item) for item in (*model.parameters(), x)]
+    del model, run, x
+    gc.collect()
+    assert [ref() for ref in held] == [None] * 5
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "options"),
+    [
+        (nn.Embedding(16, 32), torch.arange(4), {}),
+        (nn.Linear(32, 16), torch.randn(2, 32), {"recipe": "int8/axis1:fp32", "policy": "memory"}),
+    ],
+    ids=["lookup", "no kernel"],
+)
+def test_nothing_to_compare_is_said(model: nn.Module, x: torch.Tensor, options: dict[str, str]) -> None:
+    with torch.no_grad(), pytest.warns(QCWarning, match="compared 0 of 1 calls"):
+        compiled(model.eval(), verify=True, **options)(x)

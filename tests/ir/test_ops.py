@@ -1,0 +1,50 @@
+"""The operators refuse what they would otherwise read beyond: ids outside of a table, parts of another weight."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import qcompile.ir.ops  # noqa: F401  (registers the operators)
+from qcompile.errors import QCError
+from qcompile.ir.codec import dequantize, quantize
+
+OPS, SCHEME = torch.ops.qcompile, "int8/g64:fp16"
+
+
+def table() -> tuple[list[Tensor], Tensor]:
+    parts = quantize(torch.randn(20, 64), SCHEME)
+    return parts, dequantize(parts, SCHEME, 20, 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_lookup(dtype: torch.dtype) -> None:
+    parts, rows = table()
+    ids = torch.tensor([[19, 0], [3, 3]], dtype=dtype)
+    assert torch.equal(OPS.qembedding(ids, parts, SCHEME, 20, 64, torch.float32), rows[ids.long()])
+    assert OPS.qembedding(ids[:0], parts, SCHEME, 20, 64, torch.float32).shape == (0, 2, 64)
+
+
+@pytest.mark.parametrize("wrong", [20, 31, -1])  # 31: a padded row of the last panel
+def test_an_id_beyond_the_table_is_an_error(wrong: int) -> None:
+    with pytest.raises(IndexError):
+        OPS.qembedding(torch.tensor([1, wrong]), table()[0], SCHEME, 20, 64, torch.float32)
+
+
+def test_parts_of_another_weight_are_refused_when_tracing() -> None:
+    parts, _ = table()
+    with FakeTensorMode() as mode:
+        x = torch.empty(3, 64)
+        good = [mode.from_tensor(part) for part in parts]
+        assert OPS.qmm(x, good, [], f"{SCHEME} n=20 k=64").shape == (3, 20)
+        assert OPS.decode(good, SCHEME, 20, 64, torch.bfloat16).dtype == torch.bfloat16
+        for bad in (good[:1], [good[0][:1], good[1]], [good[0], good[1].float()]):
+            for call in (
+                lambda bad=bad: OPS.qmm(x, bad, [], f"{SCHEME} n=20 k=64"),
+                lambda bad=bad: OPS.decode(bad, SCHEME, 20, 64, torch.float32),
+                lambda bad=bad: OPS.qembedding(torch.zeros(2, dtype=torch.int64), bad, SCHEME, 20, 64, torch.float32),
+            ):
+                with pytest.raises(QCError, match=r"codec\.parts|packing\.shape"):
+                    call()

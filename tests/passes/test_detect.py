@@ -1,0 +1,297 @@
+"""Nothing that multiplies by a weight goes unseen, and nothing else is listed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from qcompile import QCError, explain
+from qcompile.passes.detect.canonicalize import Canonicalize
+from qcompile.passes.detect.sites import NO_CONTRACTION, Detect
+from qcompile.passes.match import op_name
+from qcompile.passes.rewrite.resolve import Resolve
+from qcompile.plan.site import KINDS, Site
+from tests.passes.graphs import context, dynamo_graph, run
+
+B, K, N = 4, 16, 16
+
+
+class With(nn.Module):
+    """A function of an input and a weight."""
+
+    def __init__(self, function: Callable[..., Any], *shape: int) -> None:
+        super().__init__()
+        self.w, self.v = nn.Parameter(torch.randn(*(shape or (N, K)))), nn.Parameter(torch.randn(N))
+        self.register_buffer("buffer", torch.randn(N, K))
+        self.function = function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x, self)
+
+
+def sites(model: Any, *args: Any, **options: Any) -> list[Site]:
+    gm, inputs = dynamo_graph(model, *args)
+    ctx = context(gm, inputs, **options)
+    run([Canonicalize(), Detect(), Resolve()], gm, ctx)
+    return [decision.site for decision in ctx.plan]
+
+
+def imatmul(x: Tensor, m: With) -> Tensor:
+    x = x + 0
+    x @= m.w
+    return x
+
+
+SPELLINGS: dict[str, Callable[[Tensor, With], Tensor]] = {
+    "x @= w": imatmul,
+    "dunder": lambda x, m: x.__matmul__(m.w),
+    "linalg.matmul": lambda x, m: torch.linalg.matmul(x, m.w),
+    "inner": lambda x, m: torch.inner(x, m.w),
+    "inner, weight first": lambda x, m: torch.inner(m.w, x),
+    "tensordot": lambda x, m: torch.tensordot(x, m.w, 1),
+    "tensordot of dims": lambda x, m: torch.tensordot(x, m.w, ([-1], [1])),
+    "tensordot, weight first": lambda x, m: torch.tensordot(m.w, x, dims=([1], [1])),
+    "tensordot over two": lambda x, m: torch.tensordot(x.view(B, 2, 8), m.w.view(2, 8, N), 2),
+    "mv": lambda x, m: torch.mv(m.w, x[0]),
+    "weight @ vector": lambda x, m: m.w @ x[0],
+    "addmv": lambda x, m: torch.addmv(m.v, m.w, x[0], alpha=2, beta=0.5),
+    "einsum with dots": lambda x, m: torch.einsum("...k,nk->...n", x, m.w),
+    "einsum without arrow": lambda x, m: torch.einsum("bk,kn", x, m.w),
+    "left, viewed": lambda x, m: (m.w @ x.t()).view(-1),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_spellings(name: str) -> None:
+    model, x = With(SPELLINGS[name]), torch.randn(B, K)
+    gm, inputs = dynamo_graph(model, x)
+    with torch.no_grad():
+        (want,) = gm(*inputs)
+        assert [op_name(n) for n in gm.graph.nodes].count("linear") == 0
+        run([Canonicalize()], gm, context(gm, inputs))
+        (got,) = gm(*inputs)
+    assert [op_name(n) for n in gm.graph.nodes].count("linear") == 1
+    # sums of K products in another order, and the roundings of addmv's factors (2 and 0.5) and of its sum
+    largest = [float(t.detach().abs().max()) for t in (x, model.w, model.v)]
+    bound = 2 * (K + 4) * 2.0**-24 * (K * largest[0] * largest[1] * 2 + largest[2])
+    assert (got.shape, got.stride()) == (want.shape, want.stride())
+    assert (got - want).abs().max() <= bound
+
+
+UNTOUCHED: dict[str, tuple[Callable[[Tensor, With], Tensor], str]] = {
+    "one matrix, batch broadcast": (lambda x, m: torch.matmul(x[None], m.w.expand(3, N, K)), "form of matmul"),
+    "einsum, a size of one": (lambda x, m: torch.einsum("bk,kn->bn", x[:, :1], m.w), "form of einsum"),
+    "both weights": (lambda x, m: x * torch.mm(m.w, m.w)[0], "both operands are weights"),
+}
+
+
+@pytest.mark.parametrize("name", UNTOUCHED)
+def test_rewrites_that_would_change_the_result(name: str) -> None:
+    function, reason = UNTOUCHED[name]
+    gm, inputs = dynamo_graph(With(function), torch.randn(B, K))
+    before, ctx = str(gm.graph), context(gm, inputs)
+    assert run([Canonicalize()], gm, ctx) == before
+    run([Detect()], gm, ctx)
+    (decision,) = ctx.plan
+    assert decision.site.kind == "other"
+    assert reason in decision.site.refused
+
+
+def test_canonicalize_compares_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rewrite that gives another shape leaves no trace."""
+    from qcompile.passes.detect import canonicalize
+
+    def wrong(build: Any, node: Any) -> Any:
+        return build.linear(node.args[0], build.call(torch.narrow, node.args[1], 0, 0, 3))
+
+    monkeypatch.setitem(canonicalize._REWRITES, "matmul", wrong)
+    gm, inputs = dynamo_graph(With(lambda x, m: x @ m.w), torch.randn(B, K))
+    before = str(gm.graph)
+    assert run([Canonicalize()], gm, context(gm, inputs)) == before
+
+
+UNHANDLED: dict[str, tuple[Any, tuple[int, ...], int]] = {
+    # model, shape of its input, multiply-adds for each row
+    "encoder layer": (
+        lambda: nn.TransformerEncoderLayer(K, 2, 32, batch_first=True),
+        (2, 3, K),
+        4 * K * K + 2 * 32 * K,
+    ),
+    "attention": (lambda: Heads(), (2, 3, K), 4 * K * K),
+    "bilinear": (lambda: With(lambda x, m: F.bilinear(x, x, m.w), 8, K, K), (B, K), 8 * K * K),
+    "addbmm": (lambda: With(lambda x, m: torch.addbmm(m.v, x.expand(2, B, K), m.w), 2, K, N), (B, K), 2 * 2 * K * N),
+    "cdist": (lambda: With(lambda x, m: torch.cdist(x, m.w)), (B, K), N * K),
+    "custom": (lambda: With(lambda x, m: foreign(x, m.w)), (B, K), N * K),
+    "lookups": (lambda: With(lambda x, m: F.embedding_bag(torch.tensor([[1, 2]]), m.w) + x), (B, K), 0),
+}
+
+
+class Heads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(K, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x, x, x)[0]
+
+
+def foreign(x: Tensor, w: Tensor) -> Tensor:
+    return x @ w
+
+
+torch.compiler.allow_in_graph(foreign)
+
+
+@pytest.mark.parametrize("name", UNHANDLED)
+def test_unhandled_operators_are_listed(name: str) -> None:
+    make, shape, macs = UNHANDLED[name]
+    model, x = make().eval(), torch.randn(shape)
+    (site,) = sites(model, x)
+    assert site.kind == ("other" if macs else "embedding")
+    assert site.kind in KINDS
+    assert site.path.endswith(("w", "in_proj_weight"))
+    assert site.refused.startswith("operator ")
+    assert site.refused.endswith(" is not handled")
+    assert site.flops == 2 * macs * x[..., 0].numel()
+    with pytest.raises(QCError, match="cannot be quantized") as caught:
+        sites(model, x, strict=True)
+    assert caught.value.where == site.path
+
+
+def test_ordinary_reads_of_parameters_are_not_listed() -> None:
+    class Ordinary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pos, self.cls = nn.Parameter(torch.randn(1, B, K)), nn.Parameter(torch.randn(1, 1, K))
+            self.norm, self.gain = nn.LayerNorm((B, K)), nn.Parameter(torch.ones(K, 1))
+            self.table, self.fc = nn.Parameter(torch.randn(20, K)), nn.Linear(K, K)
+            self.state = nn.Parameter(torch.zeros(B, K))
+
+        def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+            x = F.dropout(self.norm(x + self.pos) * self.gain.squeeze(-1), 0.1)
+            x[:, 0] = self.table[ids]
+            x = torch.where(x > 0, x, self.cls).lerp(self.pos, 0.5).addcmul(self.cls, self.cls)
+            x = x + self.table.index_select(0, ids)[:, None] + self.table.gather(0, ids[:, None].expand(-1, K))[:, None]
+            x = torch.cat([self.cls.expand(x.shape[0], -1, -1), x], 1)
+            x = x - F.interpolate(self.pos.transpose(1, 2), size=B + 1).transpose(1, 2).type_as(x)
+            self.state.copy_(x[0, :B])
+            x = x.masked_fill(self.cls > 5, 0.0) // self.cls.clamp(min=1) ** 2
+            return self.fc(F.layer_norm(x, (K,), self.norm.weight[0]))
+
+    found = sites(Ordinary(), torch.randn(2, B, K), torch.tensor([1, 2]))
+    assert [(site.kind, site.path, site.refused) for site in found] == [("linear", "fc.weight", "")]
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (lambda x, m: F.linear(x, m.w * m.v), "arithmetic on parameters (mul)"),
+        (lambda x, m: F.linear(x, m.buffer), "not a parameter: it depends on buffers"),
+        (lambda x, m: F.linear(x, x.expand(N, K)), "not a parameter: it depends on inputs"),
+        (lambda x, m: (m.w.mul_(2), F.linear(x, m.w))[1], "the graph writes to it in place"),
+        (lambda x, m: torch.vmap(lambda row: F.linear(row, m.w))(x), "inside a transform of torch.func"),
+    ],
+    ids=["arithmetic", "buffer", "input", "written", "vmap"],
+)
+def test_reasons(function: Any, words: str) -> None:
+    (site,) = sites(With(function), torch.randn(1, K))
+    assert words in site.refused
+
+
+def test_parameters_that_became_constants_of_the_graph() -> None:
+    with torch._inductor.config.patch(freezing=True):
+        (site,) = sites(nn.Linear(K, N).eval(), torch.randn(B, K))
+    assert "freezing is on" in site.refused
+
+
+def test_an_einsum_of_activations_counts() -> None:
+    (site,) = sites(lambda x: torch.einsum("bik,bjk->bij", x, x), torch.randn(2, 3, K))
+    assert (site.kind, site.flops) == ("bmm", 2 * 2 * 3 * 3 * K)
+
+
+def test_a_graph_without_contractions_says_so() -> None:
+    for model, x in ((nn.ReLU(), torch.randn(3)), (nn.Embedding(8, K), torch.arange(3))):
+        found = explain(model.eval(), x)
+        assert found.coverage == 1.0
+        assert any(NO_CONTRACTION in note for note in found.notes)
+    assert explain(nn.Linear(K, N), torch.randn(B, K)).notes == ()
+
+
+# ------------------------------------------------------------------------------------------------- graphs in the graph
+class Held(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(K, K), nn.Linear(K, K)
+
+
+class Branches(Held):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        result: Tensor = torch.cond(x.sum() > 0, lambda x: x @ self.a.weight, lambda x: self.b(x), (x,))
+        return result
+
+
+class Loop(Held):
+    def forward(self, x: Tensor) -> Any:
+        from torch._higher_order_ops.while_loop import while_loop
+
+        return while_loop(lambda i, x: i < 3, lambda i, x: (i + 1, self.b(x)), (torch.tensor(0), x))
+
+
+@pytest.mark.parametrize(("model", "where", "free"), [(Branches, "torch.cond", 1), (Loop, "torch.while_loop", 0)])
+def test_contractions_inside_are_listed(model: type[Held], where: str, free: int) -> None:
+    """With path, shape and FLOPs; the same weight outside is no worse for it."""
+    found = sites(model(), torch.randn(B, K))
+    outside, inside = found[:free], found[free:]
+    assert [(site.path, site.refused) for site in outside] == [("a.weight", "")] * free
+    assert [site.path for site in inside] == ["a.weight", "b.weight"][1 - free :]
+    for site in inside:
+        assert (site.kind, site.m, site.n, site.k, site.flops) == ("linear", B, K, K, 2 * B * K * K)
+        assert site.refused == f"inside {where}: not handled yet"
+    with pytest.raises(QCError, match="cannot be quantized"):
+        sites(model(), torch.randn(B, K), strict=True)
+
+
+class Checkpointed(Held):
+    def forward(self, x: Tensor) -> Any:
+        def outer(x: Tensor) -> Any:
+            return checkpoint(lambda x: F.relu(self.a(x), inplace=True), x, use_reentrant=False) + self.b(x)
+
+        return checkpoint(outer, x, use_reentrant=False)
+
+
+class Region(Held):
+    @torch.compiler.nested_compile_region
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x)).relu()
+
+
+@pytest.mark.parametrize(
+    "make", [Checkpointed, lambda: nn.Sequential(Region(), Region())], ids=["checkpoint", "region"]
+)
+def test_plain_calls_become_part_of_the_graph(make: Callable[[], nn.Module]) -> None:
+    model, x = make(), torch.randn(B, K)
+    gm, inputs = dynamo_graph(model, x)
+    ctx = context(gm, inputs)
+    text = run([Canonicalize(), Detect()], gm, ctx)
+    assert "higher_order" not in text
+    weights = [name for name, p in model.named_parameters() if p.dim() == 2]
+    assert sorted(d.site.path for d in ctx.plan) == sorted(weights)
+    assert not any(d.site.refused for d in ctx.plan)
+    with torch.no_grad():
+        assert torch.equal(gm(*inputs)[0], model(x))
+
+
+def test_a_recorded_checkpoint_stays() -> None:
+    gm, inputs = dynamo_graph(Checkpointed(), torch.randn(B, K))
+    ctx = context(gm, inputs)
+    ctx.training = True
+    assert "tag_activation_checkpoint" in run([Canonicalize(), Detect()], gm, ctx)
+    assert {d.site.refused for d in ctx.plan} == {"inside torch.utils.checkpoint: not handled while autograd records"}
+    assert len(ctx.plan.decisions) == 2
