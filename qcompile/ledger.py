@@ -34,8 +34,9 @@ class Row:
 
     Attributes:
         graph: number of the graph (0 unless the model has graph breaks; -1 for what runs outside of all graphs).
-        kind: linear, head, embedding, bmm, conv or attention; "bias" for the joined biases of a merged matmul, "eager"
-            for all contractions outside of every graph.
+        kind: linear, head, embedding, bmm, conv, attention or "other" (an operator that reads a weight and is not
+            handled); "bias" for the joined biases of a merged matmul, "eager" for all contractions outside of every
+            graph.
         path: module path of the weight.
         source: the user's "file.py:line".
         shape: `(m, n, k)` of the contraction; `m` is `None` when symbolic, n and k are 0 without a weight.

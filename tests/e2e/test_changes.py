@@ -19,6 +19,8 @@ from qcompile.runtime.store import STORE
 from tests.e2e.models import TinyLM
 from tests.e2e.support import RECIPE, compiled, encodes_during, planned
 
+# Torch up to 2.11 compiles no second graph when `.data` gets another shape, with any backend.
+OLD_GUARDS = torch.torch_version.TorchVersion(torch.__version__) < (2, 12)
 Change = Callable[[nn.Module], object]
 
 
@@ -171,6 +173,7 @@ def test_a_bad_weight_is_an_error_until_it_is_mended() -> None:
         assert torch.equal(run(ids), want)
 
 
+@pytest.mark.skipif(OLD_GUARDS, reason="this Dynamo does not look at a parameter's shape again")
 def test_another_shape_or_dtype_compiles_again() -> None:
     model, x = nn.Linear(32, 16), torch.randn(2, 32)
     with torch.no_grad(), watching("reference") as trace:
