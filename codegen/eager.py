@@ -120,7 +120,7 @@ def _made(spec: KernelSpec) -> tuple[Operator | None, str]:
         return None, ""
     try:
         kernel = lowering.emit(spec)
-        operator = load_operator(operator_text(kernel), kernel.flags)
+        operator = load_operator(operator_text(kernel))
         reason = trial(spec, operator)
     except Exception as error:  # the toolchain, the loader or torch: what they raise differs by release
         return None, f"{type(error).__name__}: {error}"

@@ -32,13 +32,11 @@ class Kernel:
         spec: what it computes.
         source: the text.
         argtypes: C types of the arguments of the entry function `kernel`, in order ("const float*", "int64_t").
-        flags: extra compiler flags it was written for.
     """
 
     spec: KernelSpec
     source: str
     argtypes: tuple[str, ...]
-    flags: tuple[str, ...] = ()
 
 
 class Lowering(Protocol):

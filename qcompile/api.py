@@ -14,6 +14,7 @@ from qcompile import compat
 from qcompile.backend import DEFAULT_PASSES
 from qcompile.backend import qcompile as backend
 from qcompile.conversion import Conversion, convert, module_of
+from qcompile.errors import QCError
 from qcompile.ledger import Explanation, explain
 from qcompile.options import Options
 from qcompile.passes.base import Stage
@@ -79,6 +80,8 @@ def compile(
     Raises:
         QCError: an unknown option, recipe or pass name, at once and not on the first call.
     """
+    if "options" in options:
+        raise QCError("options.nested", "options are keywords here", next='write compile(model, recipe="int4")')
     settings = Options.parse(options)
     Recipe.of(settings.recipe)
     settings.passes.apply(DEFAULT_PASSES)

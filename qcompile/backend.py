@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import platform
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -226,7 +225,7 @@ def fingerprint(passes: Sequence[Pass], ctx: PassContext) -> str:
         ctx.options.fingerprint(),
         detect_isa(),
         compat.cpp_compiler() or "",
-        platform.processor(),
+        compat.processor(),
     ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 

@@ -7,6 +7,7 @@ import.
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
 import subprocess
@@ -69,9 +70,17 @@ def explain(
     recipe: Annotated[str, typer.Option(help="preset, scheme or JSON file")] = "auto",
 ) -> None:
     """Print what the backend does with every matmul of a model, and why."""
-    model, args = _load(target)()
+    made = _load(target)()
     from qcompile import api
+    from qcompile.errors import QCError
 
+    if not isinstance(made, tuple) or len(made) != 2 or not isinstance(made[1], tuple | list):
+        raise QCError(
+            "cli.target",
+            f"{target} returned a {type(made).__name__}",
+            next="return the model and a tuple of its positional inputs: return model, (x,)",
+        )
+    model, args = made
     _out.print(api.explain(model, *args, recipe=recipe))
 
 
@@ -86,10 +95,10 @@ def demo(
     run(quick=quick, out=out)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="a script of bench/, such as kernels/gemv; nothing: list them")] = "",
+    name: Annotated[str, typer.Argument(help="a script of bench/, such as kernels/cpu; nothing: list them")] = "",
 ) -> None:
     """Run a benchmark of a source checkout; further arguments go to it."""
     folder = _bench_folder()
@@ -99,8 +108,9 @@ def bench(
         if not path.name.startswith("_")
     }
     if not name:
-        for known in scripts:
-            _out.print(known)
+        for known, path in scripts.items():
+            about = ast.get_docstring(ast.parse(path.read_text())) or ""
+            _out.print(f"{known:16} {about.splitlines()[0]}" if about else known, soft_wrap=True)
         return
     if name not in scripts:
         from qcompile.errors import QCError, suggest

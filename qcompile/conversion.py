@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 import qcompile.ir.ops  # noqa: F401  (registers the operators)
 from qcompile import compat
 from qcompile.errors import QCError
-from qcompile.ir.codec import quantize
+from qcompile.ir.codec import quantize, refuse_nonfinite
 from qcompile.ir.scheme import Scheme
 from qcompile.passes.detect.sites import is_head
 from qcompile.passes.rewrite.resolve import refuse_ragged
@@ -138,8 +138,8 @@ class Conversion:
 
     Attributes:
         weights: converted weights.
-        kept: weights of `nn.Linear`, `nn.Embedding`, HF `Conv1D` and `nn.MultiheadAttention` that stayed float, with
-            the reason.
+        kept: weights of `nn.Linear`, `nn.Embedding`, HF `Conv1D` and `nn.MultiheadAttention` that stayed as they were,
+            float or packed already, with the reason.
     """
 
     weights: tuple[Converted, ...]
@@ -181,11 +181,16 @@ def convert(model: nn.Module, recipe: Any = "auto", *, strict: bool = False) -> 
         What was converted and what was kept, with reasons.
 
     Raises:
-        QCError: "model.none" for a function, "convert.strict", "scheme.ragged", or the codec's error for a weight
-            holding NaN or Inf; they name the module.
+        QCError: "model.none" for a function, "convert.strict" or the codec's error for a weight holding NaN or Inf; they
+            name the module, and no weight has been converted then. "scheme.ragged" with `strict`, when that is found.
     """
     rules, done, kept = Recipe.of(recipe), [], []
     groups = _owners_by_weight(module_of(model))
+    for weight, owners in groups:
+        _check(weight, owners, rules, strict)
+    kept += [
+        (f"{path}.weight", f"packed already as {item.scheme}") for path, _, item in packed_weights(module_of(model))
+    ]
     while groups:
         # The weight leaves the list before it is packed: the peak is one float weight, not the model's.
         weight, owners = groups.pop(0)
@@ -198,15 +203,10 @@ def convert(model: nn.Module, recipe: Any = "auto", *, strict: bool = False) -> 
             raise error.at(first.path) from error
         if choice.weight is None or refused:
             kept += [(owner.path, choice.reason if choice.weight is None else refused) for owner in owners]
-            if strict and choice.weight is not None:
-                raise QCError("convert.strict", "weight cannot be converted", where=first.path, why=refused)
             continue
         if strict:
             refuse_ragged(choice.weight, first.n, first.k, first.path)
-        try:
-            parts = quantize(_rows(weight, first), choice.weight, fit=choice.fit)
-        except QCError as error:
-            raise error.at(first.path) from error
+        parts = quantize(_rows(weight, first), choice.weight, fit=choice.fit)
         warn_clamped(parts, choice.weight, first.n, first.path)
         before = weight.numel() * weight.element_size()
         for owner in owners:
@@ -221,6 +221,21 @@ def convert(model: nn.Module, recipe: Any = "auto", *, strict: bool = False) -> 
     gc.collect()
     compat.trim_memory()
     return Conversion(tuple(done), tuple(kept))
+
+
+def _check(weight: torch.Tensor, owners: Sequence[_Owner], rules: Recipe, strict: bool) -> None:
+    """Raise what `convert` would raise for a weight, before any other one has been given up."""
+    first, refused = owners[0], next((owner.refused for owner in owners if owner.refused), "")
+    choice = rules.resolve(_site(weight, owners))
+    if choice.weight is None:
+        return
+    if refused and strict:
+        raise QCError("convert.strict", "weight cannot be converted", where=first.path, why=refused)
+    if not refused:
+        try:
+            refuse_nonfinite(_rows(weight, first))
+        except QCError as error:
+            raise error.at(first.path) from error
 
 
 def module_of(model: Any) -> nn.Module:

@@ -142,7 +142,7 @@ def _unit(sizes: Sequence[int]) -> tuple[str, Callable[[int], str]]:
 
 
 def explain(
-    model: Callable[..., Any], *args: Any, recipe: Any = "auto", options: Any = None, **kwargs: Any
+    model: Callable[..., Any], *args: Any, recipe: Any = None, options: Any = None, **kwargs: Any
 ) -> Explanation:
     """Plan a model on example inputs and report every site.
 
@@ -150,7 +150,7 @@ def explain(
         model: a module or function; called once under `torch.no_grad()`, and once more, in eager mode, when parts of it
             ran outside of every graph.
         args: its positional inputs.
-        recipe: preset, scheme, `Recipe` or JSON file.
+        recipe: preset, scheme, `Recipe` or JSON file; `None`: that of the options, else "auto".
         options: further backend options.
         kwargs: its keyword inputs.
 
@@ -159,7 +159,7 @@ def explain(
     Raises:
         QCError: what the backend would raise for these inputs.
     """
-    settings = Options.parse(options, recipe=recipe)
+    settings = Options.parse(options) if recipe is None else Options.parse(options, recipe=recipe)
     with watching("float") as trace:
 
         def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:

@@ -85,6 +85,7 @@ def test_a_check_that_raises_is_a_finding() -> None:
         (("explain", "no_such_module:f"), "cannot load 'no_such_module:f'"),
         (("explain", "qcompile.doctor:nothing"), "cannot load"),
         (("explain", "qcompile.doctor"), "module:function"),
+        (("explain", "builtins:dict"), "return the model and a tuple"),
         (("bench", "kernels/gemw"), "there is no benchmark"),
     ],
 )

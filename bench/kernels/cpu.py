@@ -102,7 +102,7 @@ def contestant(weight: str, act: str, x: torch.Tensor, n: int, isa: str) -> Cont
     if not error <= 1:
         sys.exit(f"{isa} {spec}: error is {error} times the bound")
     kernel = CpuLowering(isa).emit(spec)
-    entry = load_cpp_kernel(kernel.argtypes, kernel.source, kernel.flags)
+    entry = load_cpp_kernel(kernel.argtypes, kernel.source)
     size = sum(part.numel() * part.element_size() for part in parts)
     pool = [[part.clone() for part in parts] for _ in range(copies(size, 1.0))]
 

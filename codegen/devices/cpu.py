@@ -17,7 +17,7 @@ import torch
 
 from qcompile.codegen.devices.cpu_text import SCALES, arithmetic, kernel_text
 from qcompile.codegen.registry import Kernel, Verdict
-from qcompile.codegen.spec import KernelSpec
+from qcompile.codegen.spec import LONG_K, KernelSpec
 from qcompile.codegen.tuning.cpu import FLOAT_WINS
 from qcompile.compat import cpp_compiler, cpp_isa, cpu_has_bf16, cpu_has_vnni, load_cpp_kernel
 from qcompile.errors import QCError
@@ -29,8 +29,6 @@ from qcompile.ir.scheme import Scheme
 ISAS = ("avx512vnni", "avx2", "portable")
 # An exact int32 sum becomes a float once for so many blocks: 16 * 32 * 255 * 127 < 2^24, so that it is exact there too.
 MOST_STEPS = 16
-# avx2 text on a machine with AVX-512: without this the compiler would use the other half of the register file.
-_FLAGS = {"avx2": ("-mno-avx512f",)}
 
 
 @functools.cache
@@ -57,6 +55,8 @@ def _weight_reason(weight: Scheme) -> str:
     match weight.granularity:
         case PerTensor() | PerAxis(0):
             pass
+        case PerGroup(size) if size > LONG_K:
+            return f"groups of {size} weights: their integer sums would overflow; {LONG_K} at most"
         case PerGroup(size) if size % BLOCK == 0:
             pass
         case PerGroup(size):
@@ -74,7 +74,7 @@ def _act_reason(act: Scheme | None, weight: Scheme) -> str:
     if act is None:
         return ""
     symmetric = act.format.kind == "int" and act.format.signed and act.format.bits <= 8 and not act.scale.zero
-    if symmetric and act.scale.format.name == "fp32":
+    if symmetric and act.scale.format.name == "fp32" and act.rounding == "nearest":
         match act.granularity, weight.granularity:
             case PerToken(), _:
                 return ""
@@ -121,7 +121,7 @@ class CpuLowering:
         if not verdict:
             raise QCError("kernel.unsupported", f"no CPU kernel for {spec}", why=verdict.reason)
         source, types = kernel_text(spec, self.isa)
-        return Kernel(spec, source, types, _FLAGS.get(self.isa, ()))
+        return Kernel(spec, source, types)
 
 
 def _rows(t: torch.Tensor) -> torch.Tensor:
@@ -153,7 +153,7 @@ def run(
     sizes = [n] * spec.segments if isinstance(n, int) else list(n)
     columns = sizes[0] if spec.paired else sum(sizes)
     kernel = CpuLowering(isa or detect_isa()).emit(spec)
-    call = load_cpp_kernel(kernel.argtypes, kernel.source, kernel.flags)
+    call = load_cpp_kernel(kernel.argtypes, kernel.source)
     rows = _rows(x)
     y = torch.empty(rows.shape[0], columns, dtype=OUT_DTYPES[spec.y])
     mats = [_rows(e) if kind == "mat" else e.contiguous() for e, (kind, _) in zip(extras, spec.extras, strict=True)]

@@ -16,6 +16,7 @@ from importlib import resources
 from qcompile.codegen.epilogue import literal, vector_expression
 from qcompile.codegen.spec import KernelSpec
 from qcompile.codegen.tuning.cpu import BLOCKING
+from qcompile.compat import processor
 from qcompile.ir.formats import Format
 from qcompile.ir.granularity import PerGroup
 from qcompile.ir.packing import BLOCK
@@ -225,7 +226,8 @@ def kernel_text(spec: KernelSpec, isa: str) -> tuple[str, tuple[str, ...]]:
         macro, features = TARGETS[isa]
         target = f'#if !defined({macro}) && defined(__GNUC__)\n#pragma GCC target("{features}")\n#endif\n'
     pieces = [
-        f"// qmm {spec}, instruction set {isa}\n",
+        # The compiler is told "this machine", which is another one where a cache folder travels.
+        f"// qmm {spec}, instruction set {isa}, processor {processor()}\n",
         target,
         fragment("fragments", "prelude"),
         "namespace {\n",

@@ -27,6 +27,7 @@ from qcompile.plan.recipe import Choice
 from qcompile.plan.site import Site
 
 PACKED = "packed by convert"
+NO_KERNEL = "no fast kernel"
 
 
 class Resolve(Pass):
@@ -124,7 +125,7 @@ def _decide(ctx: PassContext, site: Site, choice: Choice, node: fx.Node) -> None
     fixed = all(isinstance(size, int) for size in shape_of(argument(node, 0, "input")) or ())
     kernel = ctx.kernel(spec, node_device(node), dtype, site.m if fixed else None)
     if not kernel.found:
-        reason = f"no fast kernel for {choice.weight}: {kernel.reason}"
+        reason = f"{NO_KERNEL} for {choice.weight}: {kernel.reason}"
         if options.strict:
             raise QCError("kernel.none", reason, where=site.path, next="choose another scheme or strict=False")
         if options.policy == "speed" and choice.reason != PACKED:
@@ -152,6 +153,11 @@ def warn_notes(ctx: PassContext) -> None:
                 QCWarning,
                 stacklevel=2,
             )
+    lost = [decision.reason for decision in ctx.plan if decision.reason.startswith(NO_KERNEL)]
+    if lost and not any(decision.quantized for decision in ctx.plan if decision.site.kind != "embedding"):
+        warnings.warn(
+            f"recipe {ctx.recipe.name!r} quantizes no matmul of this graph: {lost[0]}", QCWarning, stacklevel=2
+        )
     training = training_notes(ctx.plan)
     if training:
         warnings.warn(

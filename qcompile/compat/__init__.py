@@ -8,7 +8,7 @@ and not with the package.
 Callers say `compat.name()`: the modules inside are by subject and may change, the names are the interface.
 """
 
-from qcompile.compat.abi import load_operator
+from qcompile.compat.abi import load_operator, processor
 from qcompile.compat.cpp import (
     cpp_build,
     cpp_compiler,
@@ -92,6 +92,7 @@ __all__ = [
     "load_cpp_kernel",
     "load_operator",
     "placeholder_source",
+    "processor",
     "profiling",
     "register_fallback",
     "register_lowering",

@@ -32,14 +32,15 @@ _OPERATORS: dict[str, Callable[..., torch.Tensor]] = {}
 
 
 @functools.cache
-def _machine() -> str:
-    """What "-march=native" means here: the processor's features as the system names them."""
+def processor() -> str:
+    """Hash of what "-march=native" means here: the processor's features as the system names them."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         lines = []
     features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return f"{platform.machine()} {platform.processor()} {features}"
+    text = f"{platform.machine()} {platform.processor()} {features}"
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 @functools.cache
@@ -62,7 +63,7 @@ def library_path(source: str, flags: Sequence[str] = ()) -> Path:
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     command = _builder("o", Path("i"), Path("."), flags).get_command_line()
-    parts = (source, command, _compiler_version(get_cpp_compiler()), _machine())
+    parts = (source, command, _compiler_version(get_cpp_compiler()), processor())
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
     return inductor_cache_dir() / "qcompile" / key[:2] / f"{key}.so"
 

@@ -47,6 +47,7 @@ __all__ = [
     "fake_quant",
     "part_names",
     "quantize",
+    "refuse_nonfinite",
 ]
 
 _CHUNK = 1 << 18  # elements encoded at a time by quantize, so that temporaries stay in the cache
@@ -174,7 +175,7 @@ def quantize(
             why="packed weights are [N, K]",
             next="reshape",
         )
-    _refuse_nonfinite(w)
+    refuse_nonfinite(w)
     n, k = w.shape
     qparams = qparams or FITS[fit](w, scheme)
     over = _RowScales.of(qparams, scheme, n)
@@ -321,7 +322,8 @@ def _chunks(scheme: Scheme, n: int, k: int) -> Iterator[tuple[int, int, slice]]:
         yield start, stop, slice(start // unit, ceil_div(stop, unit))
 
 
-def _refuse_nonfinite(w: Tensor) -> None:
+def refuse_nonfinite(w: Tensor) -> None:
+    """Raise `codec.nonfinite-weight`, naming the first index, for a matrix that holds a NaN or an infinity."""
     if w.numel() == 0:
         return
     low, high = (float(v) for v in torch.aminmax(w))

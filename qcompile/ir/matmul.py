@@ -212,11 +212,12 @@ def quantize_rows(x: torch.Tensor, act: Scheme) -> tuple[torch.Tensor, torch.Ten
     Returns:
         `(q, s)`: integer values held in fp32 `[..., k]`, and scales `[..., 1]` per token, `[..., k]` in groups.
     """
-    if not isinstance(act.granularity, PerToken | PerGroup) or act.format.kind != "int" or not act.symmetric:
+    known = isinstance(act.granularity, PerToken | PerGroup) and act.format.kind == "int" and act.symmetric
+    if not known or act.rounding != "nearest":
         raise QCError(
             "matmul.act",
             f"activation scheme {act} is not supported",
-            next="use int8/token (symmetric, one scale per row) or int8/g32:fp32 (one for each 32 values)",
+            next="use int8/token (symmetric, one scale per row) or int8/g32:fp32 (one for each 32 values), to nearest",
         )
     if isinstance(act.granularity, PerGroup):
         qparams = choose_qparams(x, act)
@@ -227,7 +228,8 @@ def quantize_rows(x: torch.Tensor, act: Scheme) -> tuple[torch.Tensor, torch.Ten
         )
     top = act.format.max
     absmax = x.abs().amax(-1, keepdim=True)
-    inverse = torch.where(absmax > 0, top / absmax, torch.zeros_like(absmax))
+    # One rounding, as in the kernels: a Python number divided by a tensor is its reciprocal times the number.
+    inverse = torch.where(absmax > 0, torch.full_like(absmax, top) / absmax, torch.zeros_like(absmax))
     # A row whose absmax is subnormal makes 127/absmax overflow; clamping keeps its codes in range.
     return torch.round(x * inverse).nan_to_num(0.0).clamp(-top, top), absmax / top
 

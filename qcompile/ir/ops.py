@@ -80,11 +80,20 @@ def _decode(parts: Sequence[torch.Tensor], scheme: str, n: int, k: int, dtype: t
 def _fake_qmm(
     x: torch.Tensor, parts: Sequence[torch.Tensor], extras: Sequence[torch.Tensor], spec: str
 ) -> torch.Tensor:
-    # Every traced graph passes here, so no compiled code meets packed tensors other than it was written for.
+    # Every traced graph passes here, so no compiled code meets tensors other than it was written for.
     what = MatmulSpec.parse(spec)
     step = what.parts_per_segment
     for i, n in enumerate(what.n):
         check_parts(parts[i * step : (i + 1) * step], what.weight, n, what.k)
+    if len(extras) != len(what.extras) or len(parts) != step * len(what.n):
+        raise QCError("matmul.operands", f"{len(parts)} parts and {len(extras)} extras for {spec}")
+    shapes = {"row": (what.columns,), "mat": (*x.shape[:-1], what.columns)}
+    wanted = [(x, (*x.shape[:-1], what.k)), *((e, shapes[kind]) for e, kind in zip(extras, what.extras, strict=True))]
+    for operand, shape in wanted:
+        if operand.dim() != len(shape):
+            raise QCError("matmul.operands", f"an operand of shape {tuple(operand.shape)}, not {shape}", where=spec)
+        for size, want in zip(operand.shape, shape, strict=True):
+            torch._check(size == want, lambda s=size, w=want: f"an operand of {spec} has a size {s}, not {w}")
     dtype = OUT_DTYPES[what.out] if what.out else x.dtype
     return x.new_empty((*x.shape[:-1], what.columns), dtype=dtype)
 

@@ -104,7 +104,8 @@ def choose_qparams(x: Tensor, scheme: Scheme | str) -> QParams:
     elif isinstance(scheme.granularity, PerToken) and fmt.statistic == "absmax" and scale.format.name == "fp32":
         least = fmt.max * scale.format.low  # the peak whose scale is the smallest one
         divisor = torch.where(finite, torch.clamp(peak, min=least), math.nan)
-        inverse = torch.where(empty, 1.0, fmt.max / divisor)
+        # A Python number divided by a tensor is its reciprocal times the number: two roundings where kernels have one.
+        inverse = torch.where(empty, 1.0, torch.full_like(divisor, fmt.max) / divisor)
     return QParams(stored, zero, outer, inverse)
 
 

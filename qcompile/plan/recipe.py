@@ -19,6 +19,7 @@ import torch
 from qcompile.errors import QCError, suggest
 from qcompile.ir.codec import dequantize, quantize
 from qcompile.ir.fit import FITS, why_unfit
+from qcompile.ir.granularity import PerGroup, PerToken
 from qcompile.ir.scheme import Scheme
 from qcompile.plan.site import KINDS, Site
 
@@ -30,7 +31,7 @@ _WEIGHTS = (*_MATMULS, "embedding")
 
 @dataclass(frozen=True)
 class Rule:
-    """Matchers, then settings.
+    """Matchers, then settings. Schemes may be given as their spellings, one kind as a string.
 
     Attributes:
         weight: weight scheme, or `None` to keep the site float.
@@ -52,7 +53,13 @@ class Rule:
     fit: str = "minmax"
 
     def __post_init__(self) -> None:
+        for name in ("weight", "act"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, Scheme.of(getattr(self, name)))
+        if isinstance(self.kind, str):
+            object.__setattr__(self, "kind", (self.kind,))
         weight = self.weight
+        _check_act(self.act)
         if weight is not None and weight.format.kind == "int" and not weight.format.signed and weight.symmetric:
             raise QCError(
                 "recipe.unsigned",
@@ -196,6 +203,20 @@ class Recipe:
                 next=f"use a preset ({', '.join(PRESETS)}), a scheme such as 'uint4/g64:fp16+m', or a .json file",
             )
         raise QCError("recipe.unknown", f"a recipe cannot be a {type(value).__name__}", next="pass a name or a Recipe")
+
+
+def _check_act(act: Scheme | None) -> None:
+    """Refuse what no activation can be rounded to while the model runs; `reference_qmm` has the formulas."""
+    if act is None:
+        return
+    fits = isinstance(act.granularity, PerToken | PerGroup) and act.format.kind == "int" and act.symmetric
+    if not fits or not act.format.signed or act.scale.format.name != "fp32" or act.rounding != "nearest":
+        raise QCError(
+            "recipe.act",
+            f"activations cannot be {act}",
+            why="they are rounded to nearest as they come: signed integers, no zero point, an fp32 scale per token or group",
+            next="write int8/token, or int8/g32:fp32 for one scale for each 32 values",
+        )
 
 
 def sqnr_db(weight: torch.Tensor, scheme: Scheme) -> float:

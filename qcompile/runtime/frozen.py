@@ -84,6 +84,7 @@ class FrozenCall:
         state = self._state
         if seen != state.seen or state.epoch != self.store.epoch:
             state = self._state = self._look(args, seen)
+        torch.get_num_threads()  # torch applies its number to a thread's OpenMP when somebody asks there
         return self.compiled(*state.packed, *self._take(args))
 
     def forget(self) -> None:

@@ -37,7 +37,7 @@ def test_results_do_not_depend_on_the_number_of_threads(m: int, isa: str) -> Non
 def test_concurrent_callers_do_not_share_buffers() -> None:
     """Four Python threads call one kernel at once through ctypes, which releases the interpreter lock."""
     kernel = CpuLowering().emit(SPEC)
-    module = load_cpp_kernel(kernel.argtypes, kernel.source, kernel.flags).__self__  # type: ignore[attr-defined]
+    module = load_cpp_kernel(kernel.argtypes, kernel.source).__self__  # type: ignore[attr-defined]
     call = ctypes.CDLL(module.__file__).kernel
     call.argtypes = [ctypes.c_int64 if t == "int64_t" else ctypes.c_void_p for t in kernel.argtypes]
     call.restype = None

@@ -123,7 +123,7 @@ def test_text_flags_and_compiler_name_the_library(monkeypatch: pytest.MonkeyPatc
     paths = {abi.library_path("a"), abi.library_path("b"), abi.library_path("a", ("-DX",))}
     monkeypatch.setattr(abi, "_compiler_version", lambda compiler: "another")
     paths.add(abi.library_path("a"))
-    monkeypatch.setattr(abi, "_machine", lambda: "another")
+    monkeypatch.setattr(abi, "processor", lambda: "another")
     paths.add(abi.library_path("a"))
     assert len(paths) == 5
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import qcompile
 from qcompile import QCError, QCWarning, explain, load, refresh, save
 from qcompile.backend import watching
 from qcompile.conversion import convert
@@ -174,3 +175,14 @@ def test_a_function_has_no_weights() -> None:
         assert caught.value.code == "model.none"
     for target in (net, torch.compile(net), net[0].weight):
         assert refresh(target) == 0
+
+
+def test_options_are_keywords_of_compile() -> None:
+    with pytest.raises(QCError, match="keywords"):
+        qcompile.compile(nn.Linear(4, 4), options={"recipe": "int8"})
+
+
+def test_a_recipe_that_no_kernel_serves_says_so() -> None:
+    model = nn.Linear(96, 32).eval()
+    with torch.no_grad(), pytest.warns(QCWarning, match="quantizes no matmul"):
+        torch.compile(model, backend="qcompile", options={"recipe": "int4/g48"})(torch.randn(2, 96))

@@ -48,3 +48,20 @@ def test_parts_of_another_weight_are_refused_when_tracing() -> None:
             ):
                 with pytest.raises(QCError, match=r"codec\.parts|packing\.shape"):
                     call()
+
+
+def test_operands_of_other_sizes_are_refused_when_tracing() -> None:
+    parts, _ = table()
+    with FakeTensorMode() as mode:
+        good, x = [mode.from_tensor(part) for part in parts], torch.empty(3, 64)
+        spec = f"{SCHEME} n=20 k=64 y=acc+e0+e1 e=row,mat"
+        assert OPS.qmm(x, good, [torch.empty(20), torch.empty(3, 20)], spec).shape == (3, 20)
+        wrong = [
+            (torch.empty(3, 8), [torch.empty(20), torch.empty(3, 20)]),
+            (x, [torch.empty(3), torch.empty(3, 20)]),
+            (x, [torch.empty(20), torch.empty(4, 20)]),
+            (x, [torch.empty(20)]),
+        ]
+        for activation, extras in wrong:
+            with pytest.raises((QCError, RuntimeError)):
+                OPS.qmm(activation, good, extras, spec)

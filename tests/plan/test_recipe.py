@@ -145,3 +145,13 @@ def test_coverage_counts_flops() -> None:
     plan.keep_float(0, "why")
     assert (plan.coverage, plan.decisions[0].reason) == (0, "why")
     assert Plan().coverage == 1.0
+
+
+def test_rules_take_spellings() -> None:
+    assert Rule(str(INT4), str(ACT), kind="head") == Rule(INT4, ACT, kind=("head",))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("act", ["int8/g32", "uint8/token", "int8/axis0", "e4m3/token", "uint8/token:fp32+z"])
+def test_activations_that_nothing_can_round_to(act: str) -> None:
+    with pytest.raises(QCError, match="int8/token, or int8/g32:fp32"):
+        Recipe.of(f"int8/g64 {act}")

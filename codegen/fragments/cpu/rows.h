@@ -14,8 +14,7 @@ struct Rows {
     x = (int8_t*)at;
     start = nullptr, step = nullptr;
     scale = (float*)(at + R * blocks * 8 * XB);
-    sums = scale + R;  // one zero per row: float formats have no zero point
-    for (int r = 0; r < R; r++) sums[r] = 0;
+    sums = scale + R;  // one per row that nothing uses: float formats have no zero point
   }
 };
 
@@ -24,7 +23,7 @@ static __attribute__((noinline)) void take_row(const X::T* x, int64_t K, int r, 
   constexpr float NONE = std::numeric_limits<float>::quiet_NaN();
   float* out = (float*)rows.x + r;
   alignas(64) float lanes[16];
-  rows.scale[r] = 1.0f;
+  rows.scale[r] = 1.0f, rows.sums[r] = 0;
   for (int64_t from = 0; from < padded; from += unit) {
     const int64_t to = std::min(from + unit, padded);
     VI top = iset(0);

@@ -13,6 +13,7 @@ struct Problem {
   Y::T* y;
   int64_t m, k, ldx, ldy, blocks, groups, units;
 };
+constexpr int64_t MOST_BYTES = 32 << 20;
 constexpr int TOGETHER = PAIRED ? SEGMENTS : 1;  // panels that one unit of work multiplies before its epilogue
 
 class Scratch {  // memory of one thread, kept between calls
@@ -116,11 +117,12 @@ INL int block_rows(int64_t left, int most) {
   return most;
 }
 
-static void many_rows(const Problem& p, int threads) {
-  const int64_t row_blocks = (p.m + MR - 1) / MR, stripes = (row_blocks + STRIPE - 1) / STRIPE;
+// Rows begin .. begin + count.
+static void many_rows(const Problem& p, int threads, int64_t begin, int64_t count) {
+  const int64_t row_blocks = (count + MR - 1) / MR, stripes = (row_blocks + STRIPE - 1) / STRIPE;
   const int64_t stripe = (row_blocks + stripes - 1) / stripes;
-  const int tail = block_rows(p.m - (row_blocks - 1) * MR, MR);
-  const int64_t whole = GB ? GB : AB ? AB : 1, chunk = std::max<int64_t>(CHUNK_BLOCKS / whole, 1) * whole;
+  const int tail = block_rows(count - (row_blocks - 1) * MR, MR);
+  const int64_t whole = GB ? GB : AB ? AB : 1, chunk = std::min(std::max<int64_t>(CHUNK_BLOCKS / whole, 1) * whole, p.blocks);
   const size_t row_bytes = Rows::bytes(MR, p.blocks, p.groups);
   char* packed = shared_rows.get(row_bytes * row_blocks);
   auto rows_of = [&](int64_t b) { return Rows(packed + b * row_bytes, b + 1 < row_blocks ? MR : tail, p.blocks, p.groups); };
@@ -129,8 +131,8 @@ static void many_rows(const Problem& p, int threads) {
   {
     for (int64_t b; (b = next_row.fetch_add(1, std::memory_order_relaxed)) < row_blocks;) {
       const int R = b + 1 < row_blocks ? MR : tail;
-      for (int64_t m = b * MR; m < std::min(p.m, (b + 1) * MR); m++)
-        take_row(p.x + m * p.ldx, p.k, (int)(m - b * MR), R, rows_of(b));
+      for (int64_t m = b * MR; m < std::min(count, (b + 1) * MR); m++)
+        take_row(p.x + (begin + m) * p.ldx, p.k, (int)(m - b * MR), R, rows_of(b));
     }
 #pragma omp barrier
     const size_t c_bytes = stripe * MR * 16 * sizeof(float);
@@ -160,7 +162,7 @@ static void many_rows(const Problem& p, int threads) {
       for (int64_t b = first; b < last; b++) {
         const float* cs[TOGETHER];
         for (int i = 0; i < TOGETHER; i++) cs[i] = (float*)(own + i * c_bytes) + (b - first) * MR * 16;
-        finish(p, at, rows_of(b), b * MR, (int)std::min<int64_t>(MR, p.m - b * MR), cs);
+        finish(p, at, rows_of(b), begin + b * MR, (int)std::min<int64_t>(MR, count - b * MR), cs);
       }
     }
   }
@@ -180,7 +182,12 @@ static void run(Problem& p) {
     p.units = PAIRED ? s.panels : p.units + s.panels;
   }
   int threads = omp_in_parallel() || weights * std::min<int64_t>(p.m, 16) < SERIAL_BELOW ? 1 : omp_get_max_threads();
-  if (p.m > FEW_ROWS) return many_rows(p, threads);
+  if (p.m > FEW_ROWS) {
+    // Quantized rows stay between calls in memory of the calling thread: bounded, however long the prompt is.
+    const int64_t fit = std::max<int64_t>(1, MOST_BYTES / (int64_t)Rows::bytes(MR, p.blocks, p.groups)) * MR;
+    for (int64_t begin = 0; begin < p.m; begin += fit) many_rows(p, threads, begin, std::min(fit, p.m - begin));
+    return;
+  }
   const int R = block_rows(p.m, FEW_ROWS);
   if (R == 1) return few_rows<1>(p, threads);
   if (R == 2) return few_rows<2>(p, threads);

@@ -72,7 +72,10 @@ struct Tensor {  // owns its handle
   void* data = nullptr;
 
   explicit Tensor(Handle owned) : handle(owned) {}
-  Tensor(Tensor&& other) noexcept : handle(other.handle) { other.handle = nullptr; }
+  Tensor(Tensor&& other) noexcept
+      : handle(other.handle), dim(other.dim), size(other.size), stride(other.stride), dtype(other.dtype), data(other.data) {
+    other.handle = nullptr;
+  }
   Tensor(const Tensor&) = delete;
   ~Tensor() {
     if (handle) torch_.aoti_torch_delete_tensor_object(handle);
