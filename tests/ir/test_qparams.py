@@ -102,7 +102,7 @@ def half_steps() -> tuple[Tensor, Tensor]:
 
 def test_weights_are_divided_and_tokens_multiplied() -> None:
     x, peak = half_steps()
-    divided, multiplied = torch.round(x / (peak / 127)), torch.round(x * (127 / peak))
+    divided, multiplied = torch.round(x / (peak / 127)), torch.round(x * (torch.full_like(peak, 127) / peak))
     assert bool((divided != multiplied).any())
     assert bool((divided != torch.round(x * (1 / (peak / 127)))).any())
     for text, expected in (("int8/axis0:fp32", divided), ("int8/token:fp32", multiplied)):
