@@ -1,8 +1,9 @@
-"""CPU kernels against torch's fp32 linear: speed and correctness in one table.
+"""CPU kernels against torch's own linear: speed and correctness in one table.
 
     python bench/kernels/cpu.py                     # the instruction set of this machine
     QCOMPILE_ISA=avx2 python bench/kernels/cpu.py   # the AVX2 kernels, also on a machine with AVX-512
     python bench/kernels/cpu.py --quick --json out.json
+    python bench/kernels/cpu.py --dtype bf16 --rows 16,32,64,128,256,512   # where float layers win: FLOAT_WINS
 
 Contestants of one shape run interleaved, round after round, and each reports its median: a busy neighbour
 hits all of them alike, so compare ratios inside one table only. Weights are cold: every call takes the next
@@ -31,6 +32,7 @@ from qcompile.codegen.devices.cpu_bounds import expected
 from qcompile.codegen.spec import KernelSpec
 from qcompile.compat import load_cpp_kernel
 from qcompile.ir.codec import quantize
+from qcompile.ir.matmul import DTYPE_NAMES, OUT_DTYPES
 from qcompile.ir.scheme import Scheme
 
 CACHE = 96 << 20  # bytes of weights that no last-level cache at hand holds
@@ -92,13 +94,15 @@ def copies(size: int, share: float) -> int:
 
 
 def contestant(weight: str, act: str, x: torch.Tensor, n: int, isa: str) -> Contestant:
-    m, k = x.shape
-    spec = KernelSpec(Scheme.parse(weight), Scheme.parse(act) if act else None)
+    (m, k), name = x.shape, DTYPE_NAMES[x.dtype]
+    spec = KernelSpec(Scheme.parse(weight), Scheme.parse(act) if act else None, x=name, y=name)
     parts = quantize(torch.randn(n, k) / k**0.5, spec.weight)
     checked = min(n, 256)  # the first 16 panels: float64 of the whole would take gigabytes
     want = expected(spec, x, [part[:16] for part in parts], checked, k)
     y = run(spec, x, parts, [], n, k, isa)
-    error = ((y[:, :checked] - want.value).abs() / want.bound).max().item()
+    # The result is rounded to its dtype once: half a unit in the last place, 2^-8 of a bf16 number.
+    bound = want.bound if name == "f32" else want.bound + torch.finfo(x.dtype).eps / 2 * (want.value.abs() + want.bound)
+    error = ((y[:, :checked] - want.value).abs() / bound).max().item()
     if not error <= 1:
         sys.exit(f"{isa} {spec}: error is {error} times the bound")
     kernel = CpuLowering(isa).emit(spec)
@@ -112,10 +116,12 @@ def contestant(weight: str, act: str, x: torch.Tensor, n: int, isa: str) -> Cont
     return Contestant(f"{weight} act={act or 'exact'}", call, size, error)
 
 
-def fp32(x: torch.Tensor, n: int) -> Contestant:
-    size = n * x.shape[1] * 4
-    pool = [torch.randn(n, x.shape[1]) for _ in range(copies(size, 1.0))]
-    return Contestant("F.linear fp32", lambda i: torch.nn.functional.linear(x, pool[i % len(pool)]), size)
+def float_layer(x: torch.Tensor, n: int) -> Contestant:
+    size = n * x.shape[1] * x.element_size()
+    pool = [torch.randn(n, x.shape[1], dtype=x.dtype) for _ in range(copies(size, 1.0))]
+    return Contestant(
+        f"F.linear {DTYPE_NAMES[x.dtype]}", lambda i: torch.nn.functional.linear(x, pool[i % len(pool)]), size
+    )
 
 
 def measure(contestants: list[Contestant], rounds: int, m: int, n: int, k: int) -> list[Result]:
@@ -153,20 +159,24 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--quick", action="store_true", help="three shapes, four kernels")
+    parser.add_argument("--dtype", choices=("f32", "bf16"), default="f32", help="of activations, results and F.linear")
+    parser.add_argument("--rows", help="these numbers of rows, at 1024 x 1024 and 3072 x 768")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     shapes = SHAPES[:1] + SHAPES[2:4] if options.quick else SHAPES
+    if options.rows:
+        shapes = tuple((int(m), n, k) for n, k in ((1024, 1024), (3072, 768)) for m in options.rows.split(","))
     schemes = SCHEMES[:4] if options.quick else SCHEMES
     console, results = Console(width=max(Console().width, 100)), []  # whole names also in a pipe
     for m, n, k in shapes:
-        x = torch.randn(m, k)
-        contestants = [fp32(x, n)] + [contestant(weight, act, x, n, options.isa) for weight, act in schemes]
+        x = torch.randn(m, k).to(OUT_DTYPES[options.dtype])
+        contestants = [float_layer(x, n)] + [contestant(weight, act, x, n, options.isa) for weight, act in schemes]
         found = measure(contestants, options.rounds, m, n, k)
         results += found
         table = Table(title=f"M={m} N={n} K={k}, {options.isa}, {options.threads} threads", title_justify="left")
-        for name in ("kernel", "us", "x fp32", "(best)", "GB/s", "GOP/s", "error / bound"):
+        for name in ("kernel", "us", "x float", "(best)", "GB/s", "GOP/s", "error / bound"):
             table.add_column(name, justify="left" if name == "kernel" else "right")
         for r in found:
             cells = (r.microseconds, r.speedup, r.best_speedup, r.gigabytes, r.gigaops, r.error)

@@ -48,8 +48,8 @@ BLOCKING: Mapping[tuple[str, str], Blocking] = {
 
 
 # Rows from which torch's own bf16 layer, where the CPU has bf16 matrix instructions, is faster than the kernel. Measured on
-# Zen 4 at 1024 x 1024 and 3072 x 768; with fp32 layers no kernel lost up to 512 rows (the least lead was 0.98 .. 1.2,
-# of float formats). Key as above; a kernel that is not listed did not lose.
+# Zen 4 at 1024 x 1024 and 3072 x 768 (`bench/kernels/cpu.py --dtype bf16 --rows ...`). Against fp32 layers, up to 512 rows,
+# the least was 0.98, of a 6-bit float with avx2 at 512. Key as above; a kernel that is not listed did not lose.
 FLOAT_WINS: Mapping[tuple[str, str], int] = {
     ("avx512vnni", "digits2"): 256,
     ("avx512vnni", "float"): 48,

@@ -26,14 +26,6 @@ LAYERS = 4
 SCALAR = {"cpp.simdlen": 1, "cpp.threads": 1}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _own_disk_cache(disk_cache: Path) -> Iterator[None]:
-    """A graph that an earlier run has put into AOTAutograd's cache would never reach the inner compile."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(disk_cache))
-        yield
-
-
 @pytest.fixture(autouse=True)
 def _fresh_dynamo() -> Iterator[None]:
     torch.compiler.reset()
