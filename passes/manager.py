@@ -8,13 +8,12 @@ nothing but the plan.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import fx
 
-from qcompile.errors import QCError, QCWarning
+from qcompile.errors import QCError, warn
 from qcompile.passes.base import Pass, PassContext
 from qcompile.plan.plan import Plan
 
@@ -52,7 +51,7 @@ class PassManager:
                     undo()
                     note = f"pass {item.name!r} failed and was undone: {type(error).__name__}: {error}"
                     ctx.plan.notes.append(note)
-                    warnings.warn(f"{note}. The result is right, and maybe slower.", QCWarning, stacklevel=2)
+                    warn(f"{note}. The result is right, and maybe slower.")
                     continue
                 raise QCError(
                     "pass.failed",

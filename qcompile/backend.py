@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -32,7 +31,7 @@ from torch import fx
 from qcompile import compat
 from qcompile.codegen import eager, inductor
 from qcompile.codegen.devices.cpu import detect_isa
-from qcompile.errors import QCError, QCWarning
+from qcompile.errors import QCError, warn
 from qcompile.ir.matmul import MatmulSpec
 from qcompile.ir.ops import reference_only
 from qcompile.options import Options
@@ -277,9 +276,7 @@ def _no_compiler(spec: MatmulSpec, device: torch.device, dtype: torch.dtype, row
 
 @lru_cache(maxsize=1)
 def _warn_no_compiler() -> None:
-    warnings.warn(
+    warn(
         "no C++ compiler was found: the model runs with the plain-torch reference operators, which is correct and "
-        "slow. Install g++ or clang (or set CXX); `qcompile doctor` checks it.",
-        QCWarning,
-        stacklevel=2,
+        "slow. Install g++ or clang (or set CXX); `qcompile doctor` checks it."
     )

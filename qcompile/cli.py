@@ -9,16 +9,23 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from qcompile import __version__
+
+if TYPE_CHECKING:
+    from qcompile.ledger import Explanation
 
 app = typer.Typer(
     name="qcompile",
@@ -29,6 +36,7 @@ app = typer.Typer(
 )
 _out = Console()
 _err = Console(stderr=True)
+_Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout, and nothing else there")]
 
 
 def main() -> None:
@@ -42,46 +50,67 @@ def main() -> None:
         sys.exit(1)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"qcompile {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    """Options of the command without a subcommand."""
+
+
 # --------------------------------------------------------------------------------------------------- commands
 @app.command()
-def doctor() -> None:
+def doctor(as_json: _Json = False) -> None:
     """Check this machine: Python, torch, compiler, caches, packages; 1 when an essential is missing."""
     from qcompile.doctor import examine
 
-    table = Table("check", "found", "", title="qcompile doctor", title_justify="left")
-    findings = []
-    with _out.status("looking at this machine ..."):
-        for finding in examine():
-            findings.append(finding)
+    with _err.status("looking at this machine ..."), redirect_stdout(sys.stderr):
+        findings = list(examine())
+    failed = [finding.check for finding in findings if not finding.ok]
+    ready = not any(check.essential for check in failed)
+    if as_json:
+        checks = [
+            {"name": f.check.name, "found": f.found, "ok": f.ok, "essential": f.check.essential, "fix": f.check.fix}
+            for f in findings
+        ]
+        print(json.dumps({"ready": ready, "checks": checks}, indent=1))
+    else:
+        table = Table("check", "found", "", title="qcompile doctor", title_justify="left")
+        for finding in findings:
             bad = ("MISSING", "bold red") if finding.check.essential else ("-", "yellow")
             table.add_row(finding.check.name, finding.found, Text(*(("ok", "green") if finding.ok else bad)))
-    _out.print(table)
-    failed = [finding.check for finding in findings if not finding.ok]
-    for check in failed:
-        _out.print(Text.assemble((check.name, "bold"), ": ", check.fix), soft_wrap=True)
-    if any(check.essential for check in failed):
+        _out.print(table)
+        for check in failed:
+            _out.print(Text.assemble((check.name, "bold"), ": ", check.fix), soft_wrap=True)
+        if ready:
+            _out.print("ready")
+    if not ready:
         raise typer.Exit(1)
-    _out.print("ready")
 
 
 @app.command()
 def explain(
     target: Annotated[str, typer.Argument(help="module.path:callable that returns (model, args)")],
     recipe: Annotated[str, typer.Option(help="preset, scheme or JSON file")] = "auto",
+    policy: Annotated[str, typer.Option(help="speed, memory or accuracy")] = "speed",
+    strict: Annotated[bool, typer.Option("--strict", help="fail where a site cannot be quantized as asked")] = False,
+    as_json: _Json = False,
 ) -> None:
     """Print what the backend does with every matmul of a model, and why."""
-    made = _load(target)()
-    from qcompile import api
-    from qcompile.errors import QCError
-
-    if not isinstance(made, tuple) or len(made) != 2 or not isinstance(made[1], tuple | list):
-        raise QCError(
-            "cli.target",
-            f"{target} returned a {type(made).__name__}",
-            next="return the model and a tuple of its positional inputs: return model, (x,)",
-        )
-    model, args = made
-    _out.print(api.explain(model, *args, recipe=recipe))
+    settings = {"recipe": recipe, "policy": policy, "strict": strict}
+    if as_json:
+        with redirect_stdout(sys.stderr):  # the model may print
+            found = _explain(target, settings)
+        print(json.dumps(found.to_json(), indent=1, allow_nan=False))
+    else:
+        _out.print(_explain(target, settings))
 
 
 @app.command()
@@ -125,6 +154,21 @@ def bench(
 
 
 # ---------------------------------------------------------------------------------------------------- details
+def _explain(target: str, settings: dict[str, Any]) -> Explanation:
+    made = _load(target)()
+    from qcompile import api
+    from qcompile.errors import QCError
+
+    if not isinstance(made, tuple) or len(made) != 2 or not isinstance(made[1], tuple | list):
+        raise QCError(
+            "cli.target",
+            f"{target} returned a {type(made).__name__}",
+            next="return the model and a tuple of its positional inputs: return model, (x,)",
+        )
+    model, args = made
+    return api.explain(model, *args, options=settings)
+
+
 def _load(target: str) -> Any:
     from qcompile.errors import QCError
 

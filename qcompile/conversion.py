@@ -9,24 +9,29 @@ what frees memory.
 
 from __future__ import annotations
 
+import fnmatch
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
 from torch import nn
 from torch.nn.utils import parametrize
 
 import qcompile.ir.ops  # noqa: F401  (registers the operators)
 from qcompile import compat
-from qcompile.errors import QCError
+from qcompile.errors import QCError, warn
 from qcompile.ir.codec import quantize, refuse_nonfinite
 from qcompile.ir.scheme import Scheme
 from qcompile.passes.detect.sites import is_head
 from qcompile.passes.rewrite.resolve import refuse_ragged
-from qcompile.plan.recipe import Recipe
+from qcompile.plan.recipe import Choice, Recipe
 from qcompile.plan.site import Site
+from qcompile.plan.table import Printed, size_unit
 from qcompile.runtime.store import warn_clamped
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -81,6 +86,15 @@ class PackedParts(parametrize.ParametrizationList):
     def _meaning(self) -> str:
         return next(f"{item.scheme} [{item.n}, {item.k}]" for item in self if isinstance(item, PackedWeight))
 
+    def forward(self) -> torch.Tensor:
+        """The weight. Dynamo guards what it meets on the way to a weight, for every weight and on every call, so the way
+        is short: no more is looked at than a single `PackedWeight` needs."""
+        if len(self._modules) > 1:  # somebody has put another parametrization on top
+            return super().forward()
+        return cast("PackedWeight", self._modules["0"]).forward(
+            *cast("dict[str, torch.Tensor]", self._buffers).values()
+        )
+
     def get_extra_state(self) -> torch.Tensor:
         """UTF-8 bytes of "scheme [n, k]", uint8: every format that keeps tensors keeps it."""
         return torch.tensor(list(self._meaning.encode()), dtype=torch.uint8)
@@ -132,18 +146,20 @@ class Converted:
     bytes_after: int
 
 
-@dataclass(frozen=True)
-class Conversion:
-    """What `convert` did.
+@dataclass(frozen=True, repr=False)
+class Conversion(Printed):
+    """What `convert` did; `print()` shows it as a table.
 
     Attributes:
         weights: converted weights.
         kept: weights of `nn.Linear`, `nn.Embedding`, HF `Conv1D` and `nn.MultiheadAttention` that stayed as they were,
             float or packed already, with the reason.
+        notes: rules whose glob matched none of these weights, with the nearest name.
     """
 
     weights: tuple[Converted, ...]
     kept: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def bytes_before(self) -> int:
@@ -152,6 +168,20 @@ class Conversion:
     @property
     def bytes_after(self) -> int:
         return sum(item.bytes_after for item in self.weights)
+
+    def __rich__(self) -> Group:
+        unit, size_of = size_unit([item.bytes_before for item in self.weights])
+        sizes = f"{size_of(self.bytes_before)} {unit} -> {size_of(self.bytes_after)} {unit}"
+        title = f"{len(self.weights)} weights converted, {sizes}" if self.weights else "no weight converted"
+        table = Table(title=f"{title}, {len(self.kept)} kept as they were", title_justify="left")
+        for name in ("weight", "scheme", unit, "reason"):
+            table.add_column(name, overflow="fold", justify="right" if name == unit else "left")
+        for item in self.weights:
+            shared = f"{size_of(item.bytes_before)} -> {size_of(item.bytes_after)}" if item.bytes_after else "shared"
+            table.add_row(item.path, item.scheme, shared, "")
+        for path, reason in self.kept:
+            table.add_row(path, "", "", reason, style="yellow")
+        return Group(table, *(Text(f"note: {note}") for note in self.notes))
 
 
 @dataclass(frozen=True)
@@ -174,23 +204,24 @@ def convert(model: nn.Module, recipe: Any = "auto", *, strict: bool = False) -> 
             candidates. Tied weights share one packed copy; one that is tied to a parameter of another kind of module
             stays float.
         recipe: preset, scheme, `Recipe` or JSON file. Activation schemes do not concern stored weights: give the
-            recipe to the backend as well (`options={"recipe": ...}`).
+            recipe to the backend as well (`options={"recipe": ...}`). Of that one, only activation schemes count for
+            converted weights; `explain` says where it asks for another scheme.
         strict: raise instead of keeping a candidate float, and for groups that do not divide a weight.
 
     Returns:
-        What was converted and what was kept, with reasons.
+        What was converted and what was kept, with reasons. A rule whose glob matches no candidate is a `QCWarning`.
 
     Raises:
         QCError: "model.none" for a function, "convert.strict" or the codec's error for a weight holding NaN or Inf; they
             name the module, and no weight has been converted then. "scheme.ragged" with `strict`, when that is found.
     """
     rules, done, kept = Recipe.of(recipe), [], []
+    choices: dict[str, Choice] = {}
     groups = _owners_by_weight(module_of(model))
     for weight, owners in groups:
         _check(weight, owners, rules, strict)
-    kept += [
-        (f"{path}.weight", f"packed already as {item.scheme}") for path, _, item in packed_weights(module_of(model))
-    ]
+    packed = {f"{path}.weight".lstrip("."): item.scheme for path, _, item in packed_weights(module_of(model))}
+    kept += [(path, f"packed already as {scheme}") for path, scheme in packed.items()]
     while groups:
         # The weight leaves the list before it is packed: the peak is one float weight, not the model's.
         weight, owners = groups.pop(0)
@@ -201,6 +232,7 @@ def convert(model: nn.Module, recipe: Any = "auto", *, strict: bool = False) -> 
             choice = rules.resolve(site, None if refused else lambda: _rows(weight, first))  # noqa: B023
         except QCError as error:
             raise error.at(first.path) from error
+        choices[site.path] = choice
         if choice.weight is None or refused:
             kept += [(owner.path, choice.reason if choice.weight is None else refused) for owner in owners]
             continue
@@ -220,7 +252,14 @@ def convert(model: nn.Module, recipe: Any = "auto", *, strict: bool = False) -> 
         del weight, owners, first
     gc.collect()
     compat.trim_memory()
-    return Conversion(tuple(done), tuple(kept))
+    notes = [
+        f"recipe {rules.name!r}: rule path={rule.path!r} matched no weight that convert looks at{rule.hint(choices)}"
+        for rule in rules.unused(choices.values())
+        if rule.path != "*" and not fnmatch.filter(packed, rule.path)
+    ]
+    for note in notes:
+        warn(note)
+    return Conversion(tuple(done), tuple(kept), tuple(notes))
 
 
 def _check(weight: torch.Tensor, owners: Sequence[_Owner], rules: Recipe, strict: bool) -> None:
@@ -255,7 +294,9 @@ def attach(module: nn.Module, packed: PackedWeight, parts: Sequence[torch.Tensor
     module._parameters[name] = nn.Parameter(getattr(module, name).detach(), requires_grad=False)
     packed.give(parts)
     parametrize.register_parametrization(module, name, packed, unsafe=True)
-    originals = cast("nn.ModuleDict", module.parametrizations)[name]
+    made = cast("nn.ModuleDict", module.parametrizations)
+    made.train(module.training)  # new modules are in training mode
+    originals = made[name]
     originals.__class__ = PackedParts
     for index, part in enumerate(parts):
         # Plain buffers: an optimizer over model.parameters() must not meet integer tensors.

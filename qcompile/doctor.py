@@ -76,8 +76,25 @@ def _torch() -> str:
 
     if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 11):
         raise Missing(torch.__version__)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return f"{torch.__version__}, {gpu}"
+    return f"{torch.__version__}, {_gpu() or 'no GPU'}"
+
+
+def _gpu() -> str:
+    """Name of the GPU that torch sees, or ""."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+
+
+def _triton() -> str:
+    gpu = _gpu()
+    if importlib.util.find_spec("triton") is None:
+        if gpu:
+            raise Missing(f"missing, {gpu}")
+        return "missing, no GPU: not needed on a CPU"
+    names = importlib.metadata.packages_distributions().get("triton", [])  # its distribution has several names
+    version = importlib.metadata.version(names[0]) if names else "unknown version"
+    return f"{version}, {gpu or 'no GPU: not needed on a CPU'}"
 
 
 def _threads() -> str:
@@ -181,7 +198,7 @@ CHECKS: tuple[Check, ...] = (
         "if the cache folder is mounted noexec, set TORCHINDUCTOR_CACHE_DIR",
         essential=True,
     ),
-    _optional("triton", "kernels for GPUs", "install a build of torch that brings it"),
+    Check("triton", _triton, "install a build of torch that brings it; without it nothing is compiled for a GPU"),
     _optional("transformers", "language models", "pip install 'torch-qcompile[demo]'"),
     _optional("gguf", "reading GGUF files", "pip install 'torch-qcompile[demo]'"),
     _optional("matplotlib", "charts", "pip install 'torch-qcompile[demo]'"),

@@ -7,6 +7,8 @@ report can print a table, and a reader finds out in one message what went wrong,
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable
 
 
@@ -58,6 +60,17 @@ def _rebuild(cls: type[QCError], code: str, what: str, where: str, why: str, nex
 
 class QCWarning(UserWarning):
     """A decision the user may want to know about, although the result is right."""
+
+
+def warn(message: str) -> None:
+    """Give a `QCWarning` at the user's line: the innermost one that is neither ours nor torch's nor generated code."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INNER:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, QCWarning, stacklevel=level)
+
+
+_INNER = ("", "qcompile", "torch", "contextlib")
 
 
 def suggest(name: str, choices: Iterable[str]) -> str:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from qcompile import compat
@@ -24,7 +26,8 @@ from qcompile.options import Options
 from qcompile.passes.base import PassContext
 from qcompile.passes.rewrite.resolve import training_notes
 from qcompile.plan.plan import Decision
-from qcompile.plan.recipe import PRESETS
+from qcompile.plan.recipe import PRESETS, Rule
+from qcompile.plan.table import Printed, size_unit
 from qcompile.runtime.store import STORE, Entry
 
 
@@ -67,8 +70,8 @@ class Row:
         return self.scheme != "float"
 
 
-@dataclass(frozen=True)
-class Explanation:
+@dataclass(frozen=True, repr=False)
+class Explanation(Printed):
     """What `explain` returns; `print()` it, or read `.rows`.
 
     Attributes:
@@ -76,7 +79,8 @@ class Explanation:
         coverage: share of contraction FLOPs that run quantized, over all graphs (1.0 without contractions).
         graphs: number of graphs (more than one means graph breaks).
         unused_rules: rules of the recipe that matched no site of any graph.
-        notes: what passes remarked that concerns no single site, and the unused rules; in words.
+        notes: what concerns no single site, in words: remarks of passes, unused rules (with the nearest name), converted
+            weights that the recipe does not reach, a model that was in training mode.
     """
 
     rows: tuple[Row, ...]
@@ -97,8 +101,14 @@ class Explanation:
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values under the names of the attributes; an infinite `sqnr` is the text "inf"."""
+        values = asdict(self) | {"bytes_before": self.bytes_before, "bytes_after": self.bytes_after}
+        rows = values.pop("rows")
+        return values | {"rows": [row | {"sqnr": "inf"} if row["sqnr"] == math.inf else row for row in rows]}
+
     def __rich__(self) -> Group:
-        unit, size_of = _unit([size for row in self.rows for size in (row.bytes_before, row.bytes_after)])
+        unit, size_of = size_unit([size for row in self.rows for size in (row.bytes_before, row.bytes_after)])
         title = (
             f"recipe {self.recipe}: {self.coverage:.1%} of contraction FLOPs quantized, "
             f"{size_of(self.bytes_before)} {unit} -> {size_of(self.bytes_after)} {unit}, {self.graphs} graph(s)"
@@ -117,29 +127,6 @@ class Explanation:
             )  # fmt: skip
         return Group(table, *(Text(f"note: {note}") for note in self.notes))
 
-    def __str__(self) -> str:
-        console = Console(width=200)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
-
-
-_UNITS = (("B", 1), ("kB", 1e3), ("MB", 1e6), ("GB", 1e9))
-
-
-def _unit(sizes: Sequence[int]) -> tuple[str, Callable[[int], str]]:
-    """The largest unit in which the largest size is one or more, and how to write sizes in it: three significant
-    digits, or all digits before the point."""
-    largest = max(sizes, default=0)
-    unit, one = next(((name, one) for name, one in reversed(_UNITS) if largest >= one), _UNITS[0])
-
-    def write(size: int) -> str:
-        if size == 0 or one == 1:
-            return str(size)
-        return f"{size / one:.{max(0, 2 - math.floor(math.log10(size / one)))}f}"
-
-    return unit, write
-
 
 def explain(
     model: Callable[..., Any], *args: Any, recipe: Any = None, options: Any = None, **kwargs: Any
@@ -153,6 +140,10 @@ def explain(
         recipe: preset, scheme, `Recipe` or JSON file; `None`: that of the options, else "auto".
         options: further backend options.
         kwargs: its keyword inputs.
+
+    A module in training mode (or one whose method is given) is explained as in `eval()`, with a note: that is the graph
+    that runs low-bit, and running the other one would move the statistics of its norms. Every module has its own mode
+    again afterwards. The modules that a function calls keep theirs.
 
     Weights are encoded to be measured; packed weights that no compiled graph uses are given back before it returns.
 
@@ -169,20 +160,38 @@ def explain(
         known = set(map(id, held))
         try:
             original = compat.uncompiled(model)
-            with torch.no_grad(), compat.unlimited_recompiles(), compat.eager_parts() as breaks:
-                run: Callable[..., Any] = torch.compile(_fresh(original), backend=backend)
-                run(*args, **kwargs)
-            found = summarize(trace.contexts)
-            return _with_eager_parts(found, breaks, lambda: original(*args, **kwargs)) if breaks else found
+            with _evaluating(original) as notes, torch.no_grad():
+                with compat.unlimited_recompiles(), compat.eager_parts() as breaks:
+                    run: Callable[..., Any] = torch.compile(_fresh(original), backend=backend)
+                    run(*args, **kwargs)
+                found = summarize(trace.contexts)
+                if breaks:
+                    found = _with_eager_parts(found, breaks, lambda: original(*args, **kwargs))
+                return replace(found, notes=(*found.notes, *notes))
         finally:
             STORE.drop_unused([entry for entry in STORE if id(entry) not in known])
+
+
+@contextmanager
+def _evaluating(target: Any) -> Iterator[tuple[str, ...]]:
+    """Every module of a module (or of the one whose method is given) in evaluation mode, without calling `train`, which
+    some override to rewrite weights. Yields a note when one was not."""
+    owner = target if isinstance(target, nn.Module) else getattr(target, "__self__", None)
+    training = [module for module in owner.modules() if module.training] if isinstance(owner, nn.Module) else []
+    for module in training:
+        module.training = False
+    try:
+        yield ("the model is in training mode: explained as in eval()",) if training else ()
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _with_eager_parts(found: Explanation, breaks: list[str], run: Callable[[], object]) -> Explanation:
     """Add what ran outside of every graph: the FLOPs of one more run, in eager mode, less those of the graphs."""
     reason = f"ran in eager mode, outside every graph: {'; '.join(breaks)}"
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
+    with counter:
         run()
     inside = sum(row.flops for row in found.rows)
     outside = counter.get_total_flops() - inside
@@ -226,10 +235,10 @@ def summarize(contexts: list[PassContext]) -> Explanation:
                 rows.append(_constant(number, item.entry))
     unused = _unused(contexts)
     name = contexts[0].recipe.name if contexts else ""
-    return Explanation(tuple(rows), _coverage(rows), len(contexts), name, unused, _notes(contexts, unused))
+    return Explanation(tuple(rows), _coverage(rows), len(contexts), name, tuple(unused), _notes(contexts, unused))
 
 
-def _notes(contexts: list[PassContext], unused: tuple[str, ...]) -> tuple[str, ...]:
+def _notes(contexts: list[PassContext], unused: dict[str, Rule]) -> tuple[str, ...]:
     """Remarks of all graphs, each once; weights that stay float for one common reason are counted."""
     notes: dict[str, None] = {}
     for number, ctx in enumerate(contexts):
@@ -238,7 +247,11 @@ def _notes(contexts: list[PassContext], unused: tuple[str, ...]) -> tuple[str, .
         notes |= dict.fromkeys(where + note for note in ctx.plan.notes if note not in training)
         if training:
             notes[f"{where}{len(training)} weights stay float: autograd is recording, so they may be trained"] = None
-    notes |= dict.fromkeys(f"this rule of the recipe matched no site: {rule}" for rule in unused)
+        if overruled := ctx.plan.overruled(ctx.recipe):
+            notes[where + overruled] = None
+    paths = {decision.site.path: None for ctx in contexts for decision in ctx.plan}
+    for text, rule in unused.items():
+        notes[f"this rule of the recipe matched no site: {text}{rule.hint(paths)}"] = None
     return tuple(notes)
 
 
@@ -270,12 +283,12 @@ def _row(graph: int, decision: Decision, fresh: bool) -> Row:
     )
 
 
-def _unused(contexts: list[PassContext]) -> tuple[str, ...]:
+def _unused(contexts: list[PassContext]) -> dict[str, Rule]:
     """Rules that matched in no graph. Presets are made for any model: nothing is wrong with theirs."""
-    everywhere = None
+    everywhere: dict[str, Rule] | None = None
     for ctx in contexts:
         if ctx.recipe is PRESETS.get(ctx.recipe.name):
             continue
-        here = {str(rule.to_json()) for rule in ctx.plan.unused_rules}
-        everywhere = here if everywhere is None else everywhere & here
-    return tuple(sorted(everywhere or ()))
+        here = {str(rule.to_json()): rule for rule in ctx.plan.unused_rules}
+        everywhere = {text: here[text] for text in sorted(here) if everywhere is None or text in everywhere}
+    return everywhere or {}

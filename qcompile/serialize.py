@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from qcompile.conversion import FLOATS, PackedWeight, attach, keeps_transposed, module_of, packed_weights
-from qcompile.errors import QCError
+from qcompile.errors import QCError, warn
 from qcompile.ir.codec import check_parts, part_names
 from qcompile.ir.fit import FITS
 from qcompile.ir.scheme import Scheme
@@ -35,7 +35,7 @@ def save(model: nn.Module, path: str | Path) -> Path:
     """Write a converted model.
 
     Args:
-        model: a model that `convert` went over (a float model works too, and is stored as float).
+        model: a model that `convert` went over (a float model works too, and is stored as float, with a `QCWarning`).
         path: a folder; made if missing. It receives `model.safetensors` and `qcompile.json`.
 
     Returns:
@@ -47,6 +47,12 @@ def save(model: nn.Module, path: str | Path) -> Path:
     model, folder = module_of(model), Path(path)
     if folder.exists() and not folder.is_dir():
         raise QCError("save.path", f"{folder} is a file", next="name a folder")
+    packed = packed_weights(model)
+    if not packed:
+        warn(
+            "no weight of this model is packed: it is saved in float. Call qcompile.convert(model, recipe) first; what "
+            "torch.compile packs belongs to the compiled code, not to the model."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, torch.Tensor] = {}
     aliases: dict[str, str] = {}
@@ -72,7 +78,7 @@ def save(model: nn.Module, path: str | Path) -> Path:
             "transposed": item.transposed,
             "fit": item.fit,
         }
-        for module, _, item in packed_weights(model)
+        for module, _, item in packed
     }
     manifest = {"version": VERSION, "weights": schemes, "aliases": aliases}
     # Replaced as whole files: a model that was loaded from this folder still reads the old one.

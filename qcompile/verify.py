@@ -9,7 +9,6 @@ the plan, and a warning when it is none.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,7 +20,7 @@ from qcompile.codegen import inductor
 from qcompile.codegen.devices.cpu import run
 from qcompile.codegen.devices.cpu_bounds import expected
 from qcompile.codegen.spec import KernelSpec
-from qcompile.errors import QCError, QCWarning
+from qcompile.errors import QCError, warn
 from qcompile.ir.matmul import OUT_DTYPES, MatmulSpec, evaluate_epilogue
 from qcompile.ir.ops import reference_only
 from qcompile.passes.base import PassContext
@@ -79,11 +78,7 @@ def _report(compared: int, ctx: PassContext) -> None:
     note = f"verify compared {compared} of {calls} calls that read packed weights ({packed} sites) with the reference"
     ctx.plan.notes.append(note)
     if calls and not compared:
-        warnings.warn(
-            f"{note}: lookups, and sites without a kernel, run the reference itself. There was nothing to verify.",
-            QCWarning,
-            stacklevel=2,
-        )
+        warn(f"{note}: lookups, and sites without a kernel, run the reference itself. There was nothing to verify.")
 
 
 class _Checker(fx.Interpreter):

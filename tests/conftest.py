@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,3 +23,11 @@ def disk_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     base = tmp_path_factory.getbasetemp()
     return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "inductor"
+
+
+@pytest.fixture(scope="session")
+def own_disk_cache(disk_cache: Path) -> Iterator[Path]:
+    """What this process compiles goes to `disk_cache` and comes from there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(disk_cache))
+        yield disk_cache

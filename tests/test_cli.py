@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import qcompile
 from qcompile import doctor
 
 QCOMPILE = Path(sys.executable).with_name("qcompile")
@@ -105,6 +107,79 @@ def test_explain_prints_the_ledger_of_a_users_model(tmp_path: Path) -> None:
     done = run("explain", "mine:make", "--recipe", "int8", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "int8" in done.stdout
+
+
+MAKES = """
+import torch
+print("a model that talks")
+class Mine(torch.nn.Linear):
+    def forward(self, x):
+        print("and talks")
+        return super().forward(x)
+def make():
+    return Mine(SIZE, 64).eval(), (torch.ones(2, SIZE),)
+"""
+
+
+def test_explain_in_json_prints_one_document(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(MAKES.replace("SIZE", "64"))
+    done = run("explain", "mine:make", "--recipe", "int8", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert "a model that talks" in done.stderr
+    (row,) = found["rows"]
+    assert (row["path"], row["scheme"], row["shape"]) == ("weight", "int8/g64:fp16", [2, 64, 64])
+    assert (found["coverage"], found["recipe"], found["bytes_before"]) == (1.0, "int8", 64 * 64 * 4)
+    assert any("graph break" in note for note in found["notes"])
+
+
+def test_explain_takes_a_policy_and_strictness(tmp_path: Path) -> None:
+    """Groups of 48 have no fast kernel: float, packed, or an error."""
+    (tmp_path / "mine.py").write_text(MAKES.replace("SIZE", "96"))
+
+    def explain(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return run("explain", "mine:make", "--recipe", "int8/g48", "--json", *arguments, cwd=tmp_path)
+
+    schemes = [json.loads(explain(*words).stdout)["rows"][0]["scheme"] for words in ((), ("--policy", "memory"))]
+    assert schemes == ["float", "int8/g48:fp16"]
+    strict = explain("--strict")
+    assert (strict.returncode, strict.stdout) == (1, "")
+    assert "no fast kernel" in strict.stderr
+    wrong = explain("--policy", "sped")
+    assert (wrong.returncode, wrong.stdout) == (1, "")
+    assert "did you mean 'speed'?" in wrong.stderr
+
+
+def test_version() -> None:
+    assert run("--version").stdout == f"qcompile {qcompile.__version__}\n"
+
+
+def test_doctor_in_json(disk_cache: Path, tmp_path: Path) -> None:
+    done = run("doctor", "--json", TORCHINDUCTOR_CACHE_DIR=str(disk_cache))
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["ready"]) == (0, True)
+    assert [check["name"] for check in found["checks"]] == [check.name for check in doctor.CHECKS]
+    done = run("doctor", "--json", CXX=str(tmp_path / "no-such-compiler"), PATH=str(tmp_path))
+    assert (done.returncode, json.loads(done.stdout)["ready"]) == (1, False)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "installed", "ok", "found"),
+    [
+        ("", False, True, "missing, no GPU: not needed on a CPU"),
+        ("", True, True, "9.9, no GPU: not needed on a CPU"),
+        ("Some GPU", True, True, "9.9, Some GPU"),
+        ("Some GPU", False, False, "missing, Some GPU"),
+    ],
+)
+def test_doctor_on_triton(monkeypatch: pytest.MonkeyPatch, gpu: str, installed: bool, ok: bool, found: str) -> None:
+    monkeypatch.setattr(doctor, "_gpu", lambda: gpu)
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: object() if installed else None)
+    monkeypatch.setattr(doctor.importlib.metadata, "packages_distributions", lambda: {"triton": ["some-triton"]})
+    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: {"some-triton": "9.9"}[name])
+    (check,) = (check for check in doctor.CHECKS if check.name == "triton")
+    (finding,) = doctor.examine((check,))
+    assert (finding.ok, finding.found) == (ok, found)
 
 
 def test_bench_lists_runs_and_hands_over(tmp_path: Path) -> None:

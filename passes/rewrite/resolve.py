@@ -7,14 +7,13 @@ at this graph's number of rows; `memory` packs whatever can be packed; `accuracy
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from torch import fx
 
-from qcompile.errors import QCError, QCWarning
+from qcompile.errors import QCError, warn
 from qcompile.ir.granularity import Nested
 from qcompile.ir.matmul import MatmulSpec
 from qcompile.ir.scheme import Scheme
@@ -81,7 +80,7 @@ def _choose(ctx: PassContext, site: Site, weight: Weight) -> Choice:
     if weight.packed is not None:
         # The scheme was fixed when the weight was given up; the recipe may still ask for low-bit activations.
         fixed = Scheme.parse(str(weight.packed.args[1]))
-        choice = ctx.recipe.resolve(replace(site, weight_dtype=str(fixed)))
+        choice = ctx.recipe.resolve(replace(site, weight_dtype=str(fixed)), packed=fixed)
         return replace(choice, weight=fixed, act=choice.act, reason=PACKED)
     try:
         return ctx.recipe.resolve(site, lambda: real_weight(weight, ctx))
@@ -145,24 +144,19 @@ def training_notes(plan: Plan) -> list[str]:
 
 def warn_notes(ctx: PassContext) -> None:
     """Say once per compile what the user must know."""
+    if overruled := ctx.plan.overruled(ctx.recipe):
+        warn(overruled)
+    paths = [decision.site.path for decision in ctx.plan]
     looked_at = any(not decision.site.refused for decision in ctx.plan)
     for rule in ctx.plan.unused_rules if looked_at else ():
         if rule.path != "*":
-            warnings.warn(
-                f"recipe {ctx.recipe.name!r}: rule path={rule.path!r} matched no site of this graph",
-                QCWarning,
-                stacklevel=2,
-            )
+            warn(f"recipe {ctx.recipe.name!r}: rule path={rule.path!r} matched no site of this graph{rule.hint(paths)}")
     lost = [decision.reason for decision in ctx.plan if decision.reason.startswith(NO_KERNEL)]
     if lost and not any(decision.quantized for decision in ctx.plan if decision.site.kind != "embedding"):
-        warnings.warn(
-            f"recipe {ctx.recipe.name!r} quantizes no matmul of this graph: {lost[0]}", QCWarning, stacklevel=2
-        )
+        warn(f"recipe {ctx.recipe.name!r} quantizes no matmul of this graph: {lost[0]}")
     training = training_notes(ctx.plan)
     if training:
-        warnings.warn(
+        warn(
             f"{len(training)} weights stay float: autograd is recording, so they may be trained. "
-            "Call the model under torch.no_grad() or torch.inference_mode() for low-bit inference.",
-            QCWarning,
-            stacklevel=2,
+            "Call the model under torch.no_grad() or torch.inference_mode() for low-bit inference."
         )

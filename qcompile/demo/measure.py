@@ -149,7 +149,7 @@ def run(plan: Plan, start: Callable[[Engine], Runner], progress: Progress) -> It
         for engine in plan.engines:
             outcome = Outcome(engine)
             outcomes.append(outcome)
-            if engine.optional and time.monotonic() - begun > 0.75 * plan.seconds:
+            if engine.optional and time.monotonic() - begun > 0.8 * plan.seconds:
                 outcome.skipped = True
                 continue
             runner = start(engine)

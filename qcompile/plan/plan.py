@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from qcompile.ir.scheme import Scheme
-from qcompile.plan.recipe import Rule
+from qcompile.plan.recipe import PRESETS, Recipe, Rule
 from qcompile.plan.site import Site
 from qcompile.runtime.store import Entry
 
@@ -33,7 +33,8 @@ class Decision:
         group: index of the merge group (sites that became one matmul), or -1.
         min_sqnr: the signal-to-noise ratio (dB) that the recipe's rule asks the weight to keep.
         packed: whether a pass gave the site packed operands; a decision alone changes nothing.
-        entry: the store's packed weight behind the site, if the store holds it.
+        entry: the store's packed weight behind the site, if the store holds it; a weight that `convert` packed is the
+            module's own.
     """
 
     site: Site
@@ -74,6 +75,27 @@ class Plan:
     def keep_float(self, index: int, reason: str) -> None:
         """Turn a site back to float, with the reason."""
         self.update(index, weight=None, act=None, kernel="", reason=reason, group=-1, bytes_after=0)
+
+    def overruled(self, recipe: Recipe) -> str:
+        """One sentence about converted weights whose scheme is not one that the recipe asks for, or "".
+
+        Their scheme was fixed by `convert`. What the recipe still decides is activations: those of the first rule that
+        matches; one with `min_sqnr` matches the weights that have its scheme. The preset "auto" asks for nothing in particular.
+        """
+        if recipe is PRESETS["auto"]:
+            return ""
+        found = {
+            d.site.path: (d.weight, asked[0])
+            for d in self
+            if d.quantized and d.packed and d.entry is None and d.weight not in (asked := recipe.asks(d.site))
+        }
+        if not found:
+            return ""
+        path, (kept, wanted) = next(iter(found.items()))
+        return (
+            f"converted weights keep their schemes, {len(found)} of which recipe {recipe.name!r} does not ask for "
+            f"({path} is {kept}, not {wanted or 'float'}): the recipe only decides how activations are rounded there"
+        )
 
     @property
     def coverage(self) -> float:

@@ -80,6 +80,22 @@ class Rule:
         """Whether the matchers hold (the weight itself is not looked at)."""
         return site.kind in self.kind and site.weights >= self.min_weights and fnmatch.fnmatchcase(site.path, self.path)
 
+    def hint(self, paths: Iterable[str]) -> str:
+        """What may be wrong with the glob of a rule that selected none of the weights at `paths`: "; did you mean ...?",
+        or "". A glob that fits a path is not at fault, but an earlier rule or another matcher is."""
+        paths = [path for path in paths if path]
+        if self.path == "*":
+            return ""
+        if fits := fnmatch.filter(paths, self.path):
+            return f"; its path fits {fits[0]!r}, which an earlier rule or another matcher of this one keeps from it"
+        name = self.path.strip("*.")
+        for glob in (f"{name}.*", f"*.{name}", f"*.{name}.*"):  # a module's name, or the end of a path
+            if name and any(fnmatch.fnmatchcase(path, glob) for path in paths):
+                return f"; did you mean {glob!r}?"
+        split = [path.split(".") for path in paths]
+        runs = {".".join(p[i:j]) for p in split for i in range(len(p)) for j in range(i + 1, len(p) + 1)}
+        return suggest(name, sorted(runs))
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; defaults are left out."""
         default = Rule(None)
@@ -124,16 +140,19 @@ class Recipe:
     rules: tuple[Rule, ...]
     name: str = "custom"
 
-    def resolve(self, site: Site, weight: Callable[[], torch.Tensor] | None = None) -> Choice:
+    def resolve(
+        self, site: Site, weight: Callable[[], torch.Tensor] | None = None, packed: Scheme | None = None
+    ) -> Choice:
         """First rule that matches.
 
         Args:
             site: the site.
             weight: gives the float weight `[n, k]` when a rule has `min_sqnr`.
+            packed: what `convert` made of the weight; a rule with `min_sqnr` for another scheme was not the one.
         """
         passed_over = ""
         for index, rule in enumerate(self.rules):
-            if not rule.selects(site):
+            if not rule.selects(site) or (packed is not None and rule.min_sqnr > -math.inf and rule.weight != packed):
                 continue
             if rule.weight is not None and rule.min_sqnr > -math.inf and weight is not None:
                 found = sqnr_db(weight(), rule.weight)
@@ -144,6 +163,17 @@ class Recipe:
             reason = passed_over if rule.weight else f"rule {index} keeps it float"
             return Choice(rule.weight, act, index, reason, rule.fit, rule.min_sqnr)
         return Choice(None, None, -1, passed_over or f"no rule of recipe {self.name!r} matches")
+
+    def asks(self, site: Site) -> tuple[Scheme | None, ...]:
+        """Every weight scheme (`None`: float) that `resolve` may choose for a site whose float weight is not known: each
+        rule with `min_sqnr` that matches, and the first one without."""
+        found: list[Scheme | None] = []
+        for rule in self.rules:
+            if rule.selects(site):
+                found.append(rule.weight)
+                if rule.min_sqnr == -math.inf:
+                    return tuple(found)
+        return (*found, None)
 
     def unused(self, choices: Iterable[Choice]) -> list[Rule]:
         """Rules that matched no site."""

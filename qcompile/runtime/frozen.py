@@ -7,7 +7,6 @@ hands the compiled code the packed tensors and the inputs it still reads.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter, itemgetter
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from qcompile.errors import QCWarning
+from qcompile.errors import warn
 from qcompile.runtime.store import Encoding, Entry, Store, stamp
 
 _version = attrgetter("_version")
@@ -112,12 +111,10 @@ class FrozenCall:
 def _warn_uncounted(entries: Sequence[Entry]) -> None:
     where = [entry.expression.where for entry in entries if entry.uncounted]
     if where:
-        warnings.warn(
+        warn(
             f"{where[0]}" + (f" and {len(where) - 1} other weights were" if where[1:] else " was") + " made under "
             "torch.inference_mode(), where torch does not count writes: after writing in place, call "
-            "qcompile.refresh(model).",
-            QCWarning,
-            stacklevel=2,
+            "qcompile.refresh(model)."
         )
 
 

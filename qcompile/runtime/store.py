@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from typing import Protocol
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from qcompile.errors import QCError, QCWarning
+from qcompile.errors import QCError, warn
 from qcompile.ir.codec import clamped, dequantize, quantize
 from qcompile.ir.packing import packed_parts
 from qcompile.ir.scheme import Scheme
@@ -175,12 +174,10 @@ class Entry:
         found = self.sqnr_db()
         if found is not None and found < self.min_sqnr:
             self._warned = True
-            warnings.warn(
+            warn(
                 f"{self.expression.where}: {self.scheme} keeps only {found:.1f} dB of this weight, the recipe asks for "
                 f"{self.min_sqnr:g}. The scheme was chosen for other values, and compiled code keeps it: call "
-                "torch.compiler.reset() and compile again.",
-                QCWarning,
-                stacklevel=2,
+                "torch.compiler.reset() and compile again."
             )
 
     @property
@@ -209,11 +206,9 @@ class Entry:
 def warn_clamped(parts: Sequence[torch.Tensor], scheme: Scheme, n: int, where: str) -> None:
     """Warn when a weight of `n` rows is too large or too small for the format of its scales."""
     if clamped(parts, scheme, n):
-        warnings.warn(
+        warn(
             f"{where}: the weight is larger or smaller than the scales of {scheme} can express, so it decodes to other "
-            "values. Use a scheme with fp32 scales for it, or a rule that keeps it float.",
-            QCWarning,
-            stacklevel=2,
+            "values. Use a scheme with fp32 scales for it, or a rule that keeps it float."
         )
 
 

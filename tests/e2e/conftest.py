@@ -9,15 +9,8 @@ import pytest
 import torch
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _own_disk_cache(disk_cache: Path) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(disk_cache))
-        yield
-
-
 @pytest.fixture(autouse=True)
-def _fresh_start() -> Iterator[None]:
+def _fresh_start(own_disk_cache: Path) -> Iterator[None]:
     torch._dynamo.reset()
     torch.manual_seed(0)
     yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qcompile import QCError, QCWarning, Recipe, Rule, Scheme, convert, explain, load, save
+from qcompile.backend import watching
 
 SCHEME = Scheme.parse("int8/axis0:fp32")
 
@@ -95,11 +97,104 @@ def test_rules_name_packed_weights_by_their_path() -> None:
     assert not report.unused_rules
 
 
+def test_what_the_backend_recipe_cannot_change_is_said() -> None:
+    """A converted weight keeps its scheme; how activations are rounded is the backend's recipe's."""
+    model, x = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 16)).eval(), torch.randn(2, 32)
+    convert(model, "int4")
+    assert not any(module.training for module in model.modules())
+    found = explain(model, x, recipe="w8a8")
+    kept, act = "uint4/g32:fp16+m", "int8/g32:fp32"
+    assert [row.scheme for row in found] == [f"{kept} x {act}"] * 2
+    (note,) = found.notes
+    assert "2 of which recipe 'w8a8' does not ask for" in note
+    assert f"0.weight is {kept}, not int8/g64:fp16" in note
+    mixed = Recipe((Rule(None, path="2.*"), Rule(kept)), "mine")
+    (note,) = explain(model, x, recipe=mixed).notes
+    assert "1 of which recipe 'mine' does not ask for" in note
+    assert f"2.weight is {kept}, not float" in note
+    for agreeing in ("int4", "w4a8", "auto", Recipe((Rule(kept, min_sqnr=99.0), Rule(SCHEME)))):
+        assert not [note for note in explain(model, x, recipe=agreeing).notes if "converted" in note]
+    assert explain(nn.Linear(32, 32).eval(), x, recipe="w8a8").notes == ()
+
+
+def test_a_rule_with_min_sqnr_is_the_one_that_packed_the_weight_or_is_passed_over() -> None:
+    """Not the first one that might have: its activations would be rounded, and the right rule called unused."""
+    model, x = nn.Sequential(nn.Linear(32, 16)).eval(), torch.randn(2, 32)
+    recipe = Recipe((Rule("int4/g32", "int8/token", min_sqnr=99.0), Rule(SCHEME)), "mine")
+    convert(model, recipe)
+    found = explain(model, x, recipe=recipe)
+    assert [row.scheme for row in found] == [str(SCHEME)]
+    assert [rule for rule in found.unused_rules if str(SCHEME) in rule] == []
+
+
+@pytest.mark.parametrize("how", ["compiled", "explained"])
+def test_warnings_stand_at_the_users_line(how: str) -> None:
+    model, x = nn.Sequential(nn.Linear(32, 16)).eval(), torch.randn(2, 32)
+    recipe = Recipe((Rule(None, path="1.weight"), Rule("int8/g32")), "mine")
+    convert(model, SCHEME)
+    compiled = torch.compile(model, backend="qcompile", options={"recipe": recipe})
+    with torch.no_grad(), watching("reference"), pytest.warns(QCWarning) as caught:
+        explain(model, x, recipe=recipe) if how == "explained" else compiled(x)
+    ours = [warning for warning in caught if warning.category is QCWarning]
+    assert [warning.filename for warning in ours] == [__file__] * 2
+    assert "0.weight is int8/axis0:fp32, not int8/g32:fp16" in str(ours[0].message)
+    assert "did you mean '0.weight'?" in str(ours[1].message)
+
+
+def test_a_rule_that_matches_nothing_is_told_the_nearest_name() -> None:
+    model = nn.ModuleDict({"encoder": nn.Linear(32, 16), "head": nn.Linear(16, 16)})
+    recipe = Recipe((Rule("int4/g32", path="encodr.*"), Rule(SCHEME)), "mine")
+    with pytest.warns(
+        QCWarning, match=r"rule path='encodr\.\*' matched no weight .*did you mean 'encoder'\?"
+    ) as caught:
+        report = convert(model, recipe)
+    assert [warning.filename for warning in caught] == [__file__]
+    assert report.notes == (str(caught[0].message),)
+    assert f"note: {report.notes[0]}" in str(report)
+    with warnings.catch_warnings(action="error"):  # what is packed already was matched the first time
+        assert convert(model, Recipe((Rule(SCHEME, path="encoder.*"),))).notes == ()
+
+
+def test_a_packed_weight_of_the_model_itself_has_a_path() -> None:
+    model = nn.Linear(32, 16)
+    convert(model, SCHEME)
+    assert convert(model, SCHEME).kept == (("weight", f"packed already as {SCHEME}"),)
+
+
+def test_a_report_prints_as_a_table() -> None:
+    embed, head = nn.Embedding(64, 32), nn.Linear(32, 64, bias=False)
+    head.weight = embed.weight
+    model = nn.ModuleDict({"embed": embed, "head": head, "fc": nn.Linear(32, 32)})
+    report = convert(model, Recipe((Rule(None, path="fc.*"), Rule(SCHEME))))
+    text = str(report)
+    assert repr(report) == text
+    assert "\x1b" not in text
+    assert "2 weights converted, 8.19 kB -> 2.30 kB, 1 kept as they were" in text
+    line = {path: next(row for row in text.splitlines() if path in row) for path in ("embed.w", "head.w", "fc.w")}
+    assert "int8/axis0:fp32" in line["embed.w"]
+    assert "8.19 -> 2.30" in line["embed.w"]
+    assert "shared" in line["head.w"]
+    assert "rule 0 keeps it float" in line["fc.w"]
+    assert "no weight converted, 0 kept" in str(convert(nn.ReLU(), SCHEME))
+
+
+def test_saving_a_model_without_packed_weights_is_said(tmp_path: Path) -> None:
+    model, other = nn.Linear(32, 16), nn.Linear(32, 16)
+    with pytest.warns(QCWarning, match=r"saved in float\. Call qcompile\.convert") as caught:
+        save(model, tmp_path)
+    assert [warning.filename for warning in caught] == [__file__]
+    assert torch.equal(load(other, tmp_path).weight, model.weight)
+    convert(model, SCHEME)
+    with warnings.catch_warnings(action="error"):
+        save(model, tmp_path)
+
+
 def test_a_weight_beyond_its_scales_is_named() -> None:
     model = nn.Sequential(nn.Linear(32, 16))
     model[0].weight.data *= 1e8
-    with pytest.warns(QCWarning, match=r"0\.weight: the weight is larger or smaller"):
+    with pytest.warns(QCWarning, match=r"0\.weight: the weight is larger or smaller") as caught:
         convert(model, "int4/g32:fp16")
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_a_bad_weight_leaves_the_whole_model_as_it_was() -> None:

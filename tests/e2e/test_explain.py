@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 import warnings
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -240,6 +243,68 @@ def test_one_entry_serves_several_modules_of_a_graph() -> None:
         STORE.drop_unused(held)
         assert [entry for entry in held if entry.users] == [entry for entry in STORE if entry.users]
         assert encodes_during(lambda: [run(model, x) for model in models]) == 0
+
+
+class Noisy(nn.Module):
+    """Dropout, a norm with statistics, a graph break, and one part that is never trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.drop, self.norm = nn.Linear(32, 32), nn.Dropout(0.5), nn.BatchNorm1d(32)
+        self.fixed = nn.Linear(32, 32).eval()
+
+    def train(self, mode: bool = True) -> Noisy:
+        raise AssertionError("explain changes modes without the user's code")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.drop(self.fc(x)))
+        torch._dynamo.graph_break()
+        return self.fixed(x)
+
+
+def test_a_model_in_training_mode_is_explained_in_evaluation_mode() -> None:
+    model, x = Noisy(), torch.randn(4, 32)
+    modes = [module.training for module in model.modules()]
+    assert {True, False} == set(modes)
+    for target in (model, model.forward, compiled(model)):
+        seen: list[bool] = []
+        with model.norm.register_forward_pre_hook(lambda module, _, seen=seen: seen.append(module.training)):
+            found = explain(target, x, recipe=RECIPE)
+        assert seen
+        assert not any(seen)
+        assert found.coverage == 1.0
+        assert found.notes[-1] == "the model is in training mode: explained as in eval()"
+    with pytest.raises(TypeError):
+        explain(model, x, x, recipe=RECIPE)
+    assert [module.training for module in model.modules()] == modes
+    assert int(model.norm.num_batches_tracked) == 0
+    assert torch.equal(model.norm.running_mean, torch.zeros(32))
+
+
+def test_a_misspelt_rule_is_told_the_nearest_name() -> None:
+    model, ids = TinyLM(layers=1).eval(), torch.randint(0, 128, (2, 5))
+    recipe = Recipe((Rule(None, path="layers.0.1.dwon.*"), Rule(INT8, path="embed.*", kind="linear"), Rule(INT8)))
+    with warnings.catch_warnings(action="ignore"):
+        other, wrong = explain(model, ids, recipe=recipe).notes
+    assert wrong.endswith("; did you mean 'layers.0.1.down'?")
+    assert "its path fits 'embed.weight'" in other
+
+
+def test_json_holds_everything_that_the_object_does() -> None:
+    rows = tuple(
+        Row(0, "linear", "w", "a.py:1", (m, 8, 8), RECIPE, "k", 1024, 256, 96, sqnr, "")
+        for m, sqnr in ((None, math.inf), (3, 40.5), (3, None))
+    )
+    found = Explanation(rows, 0.5, 1, "mine", ("rule",), ("note",))
+    data = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert data.pop("rows") == [
+        {**asdict(row), "shape": list(row.shape), "sqnr": sqnr}
+        for row, sqnr in zip(rows, ("inf", 40.5, None), strict=True)
+    ]
+    assert data == {
+        "coverage": 0.5, "graphs": 1, "recipe": "mine", "unused_rules": ["rule"], "notes": ["note"],
+        "bytes_before": 768, "bytes_after": 288,
+    }  # fmt: skip
 
 
 @torch.compiler.disable

@@ -11,14 +11,7 @@ import pytest
 from qcompile.ir.ops import reference_only
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _own_disk_cache(disk_cache: Path) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(disk_cache))
-        yield
-
-
 @pytest.fixture(autouse=True)
-def _by_reference() -> Iterator[None]:
+def _by_reference(own_disk_cache: Path) -> Iterator[None]:
     with reference_only():
         yield

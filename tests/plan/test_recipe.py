@@ -147,6 +147,37 @@ def test_coverage_counts_flops() -> None:
     assert Plan().coverage == 1.0
 
 
+PATHS = ["model.layers.0.self_attn.q_proj.weight", "model.layers.10.self_attn.q_proj.weight", "head.weight", ""]
+
+
+@pytest.mark.parametrize(
+    ("glob", "said"),
+    [
+        ("model.layrs.*", "did you mean 'model.layers'?"),
+        ("*.q_prj.weight", "did you mean 'q_proj.weight'?"),
+        ("model.layers.*.slef_attn.*", "did you mean 'model.layers.0.self_attn'?"),
+        ("head", "did you mean 'head.*'?"),  # a module's own name, which no weight has
+        ("q_proj", "did you mean '*.q_proj.*'?"),
+        ("layers.0.self_attn.q_proj.weight", "did you mean '*.layers.0.self_attn.q_proj.weight'?"),
+        ("head.*", "its path fits 'head.weight'"),  # the glob is right, so it gets no correction
+        ("vision.tower.*", ""),
+        ("*", ""),
+    ],
+)
+def test_the_hint_of_a_rule_that_selected_nothing(glob: str, said: str) -> None:
+    hint = Rule(INT8, path=glob, kind="conv").hint(PATHS)
+    assert said in hint if said else hint == ""
+    assert Rule(INT8, path="typo").hint([]) == ""
+
+
+def test_what_a_recipe_asks_of_a_weight_that_is_gone() -> None:
+    sure, maybe, float_ = Rule(INT8), Rule(INT4, min_sqnr=30.0), Rule(None)
+    assert Recipe((maybe, sure, float_)).asks(SITE) == (INT4, INT8)
+    assert Recipe((maybe,)).asks(SITE) == (INT4, None)
+    assert Recipe((float_, sure)).asks(SITE) == (None,)
+    assert Recipe((replace(sure, path="other.*"),)).asks(SITE) == (None,)
+
+
 def test_rules_take_spellings() -> None:
     assert Rule(str(INT4), str(ACT), kind="head") == Rule(INT4, ACT, kind=("head",))  # type: ignore[arg-type]
 
