@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
@@ -24,7 +23,7 @@ from qcompile.codegen.devices.cpu_bounds import UNIT, expected
 from qcompile.codegen.devices.cpu_operator import operator_text
 from qcompile.codegen.spec import LONG_K, KernelSpec
 from qcompile.compat import load_operator
-from qcompile.errors import QCError, QCWarning
+from qcompile.errors import QCError, warn
 from qcompile.ir import ops
 from qcompile.ir.codec import quantize
 from qcompile.ir.matmul import OUT_DTYPES, MatmulSpec, evaluate_epilogue
@@ -105,11 +104,7 @@ def operator_of(spec: KernelSpec) -> Operator | None:
         if spec not in _OPERATORS:
             _OPERATORS[spec] = operator
             if reason:
-                warnings.warn(
-                    f"eager calls of qmm run the plain-torch operator, which is slow, for {spec}: {reason}",
-                    QCWarning,
-                    stacklevel=2,
-                )
+                warn(f"eager calls of qmm run the plain-torch operator, which is slow, for {spec}: {reason}")
         return _OPERATORS[spec]
 
 
@@ -131,26 +126,34 @@ def trial(spec: KernelSpec, operator: Operator) -> str:
     """Run an operator on a small problem and judge it by the exact result: "" when it is right.
 
     It meets everything that a wrong declaration or a wrong build would confuse: several panels, a ragged last block,
-    rows at a distance, a leading dimension of two, several segments, every extra.
+    rows at a distance, a leading dimension of two, several segments, every extra, few rows and many.
     """
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float32)
 
-    n, k, rows = 20, LONG_K + 33 if spec.long_k else 70, 6
+    few, rows = 4, 14  # streamed, and more than one block of rows, whatever the instruction set (`BLOCKING`)
+    n, k = 20, LONG_K + 33 if spec.long_k else 70
     sizes = [n if spec.paired else n + i for i in range(spec.segments)]
     columns = n if spec.paired else sum(sizes)
     packed = [quantize(random(size, k), spec.weight) for size in sizes]
-    x = random(2, rows // 2, k + 1).to(OUT_DTYPES[spec.x])[..., :k]
-    shapes = {"row": (columns,), "mat": (2, rows // 2, columns)}
+    x = random(rows, k + 1).to(OUT_DTYPES[spec.x])
+    shapes = {"row": (columns,), "mat": (rows, columns)}
     extras = [random(*shapes[kind]).to(OUT_DTYPES[dtype]) for kind, dtype in spec.extras]
-    got = operator(x, [part for parts in packed for part in parts], extras, sizes, k)
-    shape = (2, rows // 2, columns)
-    if got.shape != shape or got.dtype != OUT_DTYPES[spec.y]:
-        return f"its trial gave {got.dtype} {list(got.shape)}, not {OUT_DTYPES[spec.y]} {list(shape)}"
+    results = []
+    for count in (few, rows):
+        lead = (2, count // 2)
+        kinds = zip(extras, spec.extras, strict=True)
+        some = [extra[:count].unflatten(0, lead) if kind == "mat" else extra for extra, (kind, _) in kinds]
+        parts = [part for each in packed for part in each]
+        got = operator(x[:count].unflatten(0, lead)[..., :k], parts, some, sizes, k)
+        shape = (*lead, columns)
+        if got.shape != shape or got.dtype != OUT_DTYPES[spec.y]:
+            return f"its trial gave {got.dtype} {list(got.shape)}, not {OUT_DTYPES[spec.y]} {list(shape)}"
+        results.append(got.double().reshape(count, columns))
 
-    exact = [expected(spec, x.reshape(rows, k), parts, size, k) for parts, size in zip(packed, sizes, strict=True)]
+    exact = [expected(spec, x[:, :k], parts, size, k) for parts, size in zip(packed, sizes, strict=True)]
     others = {f"e{i}": extra.double().reshape(-1, columns) for i, extra in enumerate(extras)}
 
     def result(signs: Sequence[float]) -> tuple[Tensor, Tensor]:
@@ -171,7 +174,8 @@ def trial(spec: KernelSpec, operator: Operator) -> str:
     # second. Each operation rounds once (the kernels' functions to 4 units), the result once more.
     operations = 4 * (1 + sum(spec.epilogue.count(c) for c in "+-*/("))
     allowed = 2 * swing.amax(0) + operations * UNIT * size * (1 + size) + _ROUNDOFF[spec.y] * want.abs() + _STEP[spec.y]
-    there = got.double().reshape(rows, columns)
+    there, row = torch.cat(results), [*range(few), *range(rows)]
+    want, allowed = want[row], allowed[row]
     right = ((there - want).abs() <= allowed) | (there == want) | (there.isnan() & want.isnan())
     if bool(right.all()):
         return ""

@@ -15,12 +15,13 @@ import os
 import platform
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 
+from qcompile.compat.cpp import cpp_build, cpp_builder
 from qcompile.compat.inductor import inductor_cache_dir
 from qcompile.errors import QCError
 
@@ -50,46 +51,36 @@ def _compiler_version(compiler: str) -> str:
     return str(get_compiler_version_info(compiler))
 
 
-def _builder(name: str, source: Path, folder: Path, flags: Sequence[str]) -> Any:
-    from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
-
-    options = CppTorchOptions(vec_isa=pick_vec_isa(), include_pytorch=False, extra_flags=tuple(flags))
-    return CppBuilder(name=name, sources=[str(source)], BuildOption=options, output_dir=str(folder))
-
-
-def library_path(source: str, flags: Sequence[str] = ()) -> Path:
+def library_path(source: str) -> Path:
     """Where the library of this text lies: text, command line, compiler version and processor decide."""
     from torch._inductor.cpp_builder import get_cpp_compiler
 
-    command = _builder("o", Path("i"), Path("."), flags).get_command_line()
+    command = cpp_builder("o", Path("i"), Path(".")).get_command_line()
     parts = (source, command, _compiler_version(get_cpp_compiler()), processor())
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
     return inductor_cache_dir() / "qcompile" / key[:2] / f"{key}.so"
 
 
-def build_library(source: str, flags: Sequence[str] = ()) -> Path:
+def build_library(source: str) -> Path:
     """The shared library of C++ text: found whole on disk, or built. Safe against other threads and processes.
 
     Raises what Inductor's builder raises; its text holds the command line and what the compiler said.
     """
-    path = library_path(source, flags)
+    path = library_path(source)
     with _LOCK:
         lock = _BUILDING.setdefault(path.name, threading.Lock())
     with lock:
         if not _whole(path):
-            _build(path, source, flags)
+            _build(path, source)
     return path
 
 
-def _build(path: Path, source: str, flags: Sequence[str]) -> None:
+def _build(path: Path, source: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as folder:
         text = Path(folder, "kernel.cpp")
         text.write_text(source, encoding="utf-8")
-        builder = _builder("kernel", text, Path(folder), flags)
-        builder.build()
-        built = Path(builder.get_target_file_path())
+        built = cpp_build("kernel", text, Path(folder))
         content = built.read_bytes()
         built.write_bytes(content + hashlib.sha256(content).digest())  # a loader ignores what follows the sections
         os.replace(built, path)
@@ -104,7 +95,7 @@ def _whole(path: Path) -> bool:
     return hashlib.sha256(content[:-_DIGEST]).digest() == content[-_DIGEST:]
 
 
-def load_operator(source: str, flags: Sequence[str] = ()) -> Callable[..., torch.Tensor]:
+def load_operator(source: str) -> Callable[..., torch.Tensor]:
     """Build (or find on disk) C++ text with a function `qcompile_register`, and return the operator it registers.
 
     Loading the same text again returns the same operator.
@@ -113,7 +104,7 @@ def load_operator(source: str, flags: Sequence[str] = ()) -> Callable[..., torch
         QCError: "kernel.abi" when this torch refuses the registration.
         OSError: the library cannot be loaded, for example from a folder that forbids execution.
     """
-    path = build_library(source, flags)
+    path = build_library(source)
     with _LOCK:
         if path.stem not in _OPERATORS:
             _OPERATORS[path.stem] = _register(path)

@@ -37,16 +37,21 @@ def cpp_isa() -> str | None:
     return str(isa) if isa else None
 
 
-def cpp_build(name: str, source: Path, folder: Path) -> Path:
-    """Build one C++ file to a shared library with Inductor's own flags (no torch headers); returns its path.
-
-    Raises whatever the builder raises: the text holds the command line and what the compiler said.
-    """
+def cpp_builder(name: str, source: Path, folder: Path) -> Any:
+    """Inductor's builder of one C++ file to a shared library, with Inductor's own flags and no torch headers."""
     from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
     options = CppTorchOptions(vec_isa=pick_vec_isa(), include_pytorch=False)
-    builder = CppBuilder(name=name, sources=[str(source)], BuildOption=options, output_dir=str(folder))
+    return CppBuilder(name=name, sources=[str(source)], BuildOption=options, output_dir=str(folder))
+
+
+def cpp_build(name: str, source: Path, folder: Path) -> Path:
+    """Build one C++ file with `cpp_builder`; returns the library's path.
+
+    Raises whatever the builder raises: the text holds the command line and what the compiler said.
+    """
+    builder = cpp_builder(name, source, folder)
     builder.build()
     return Path(builder.get_target_file_path())
 
@@ -67,21 +72,21 @@ def framed(source: str) -> str:
     return f"\n{source}\n"
 
 
-def load_cpp_kernel(argtypes: Sequence[str], source: str, flags: Sequence[str] = ()) -> Callable[..., None]:
+def load_cpp_kernel(argtypes: Sequence[str], source: str) -> Callable[..., None]:
     """Build (or find on disk) C++ text whose `extern "C" void kernel(...)` is called with tensors and
     integers.
 
     A file that cannot be loaded (a process was killed while the linker wrote it) is deleted and built once more.
     """
     try:
-        loaded = _code_cache().load_pybinding(list(argtypes), source, extra_flags=tuple(flags))
+        loaded = _code_cache().load_pybinding(list(argtypes), source)
     except ImportError as error:
         if not error.path:
             raise
         with _REPAIRS:
             if not whole_library(Path(error.path)):
                 Path(error.path).unlink(missing_ok=True)
-            loaded = _code_cache().load_pybinding(list(argtypes), source, extra_flags=tuple(flags))
+            loaded = _code_cache().load_pybinding(list(argtypes), source)
     return cast("Callable[..., None]", loaded)
 
 

@@ -37,6 +37,7 @@ EPILOGUE_FUNCTIONS: Mapping[str, Callable[..., torch.Tensor]] = {
     "maximum": torch.maximum,
     "minimum": torch.minimum,
 }
+BINARY_FUNCTIONS = ("maximum", "minimum")  # the others take one argument
 EXTRA_KINDS = ("row", "mat")
 OUT_DTYPES: Mapping[str, torch.dtype] = {
     "f32": torch.float32,
@@ -109,6 +110,11 @@ class MatmulSpec:
         """How many packed tensors describe one weight."""
         return 2 + (self.weight.scale.zero is not None) + self.weight.nested
 
+    def shapes(self, lead: Sequence[int]) -> list[tuple[int, ...]]:
+        """Shapes of x and of each extra where x has the leading sizes `lead`."""
+        kinds = {"row": (self.columns,), "mat": (*lead, self.columns)}
+        return [(*lead, self.k), *(kinds[kind] for kind in self.extras)]
+
     def __str__(self) -> str:
         fields = [str(self.weight), "n=" + ",".join(map(str, self.n)), f"k={self.k}"]
         if self.act is not None:
@@ -153,8 +159,9 @@ def epilogue_tree(epilogue: str) -> ast.expr:
         raise QCError("matmul.epilogue", f"epilogue {epilogue!r} is not an expression", why=str(error)) from error
     for node in ast.walk(tree):
         match node:
-            case ast.Call(func=ast.Name(id=name), keywords=[]) if name in EPILOGUE_FUNCTIONS:
-                continue
+            case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in EPILOGUE_FUNCTIONS:
+                if len(args) == 1 + (name in BINARY_FUNCTIONS):
+                    continue
             case ast.Constant(value=int() | float()) | ast.Name() | ast.Load() | ast.USub():
                 continue
             case ast.BinOp(op=ast.Add() | ast.Sub() | ast.Mult() | ast.Div()) | ast.UnaryOp(op=ast.USub()):
@@ -164,7 +171,8 @@ def epilogue_tree(epilogue: str) -> ast.expr:
         raise QCError(
             "matmul.epilogue",
             f"epilogue {epilogue!r} uses {ast.unparse(node) if isinstance(node, ast.expr) else type(node).__name__}",
-            next=f"allowed: + - * /, numbers, names and {', '.join(EPILOGUE_FUNCTIONS)}",
+            next=f"allowed: + - * /, numbers, names and {', '.join(EPILOGUE_FUNCTIONS)}; {' and '.join(BINARY_FUNCTIONS)} "
+            "take two arguments, the others one",
         )
     return tree
 
@@ -245,15 +253,19 @@ def reference_qmm(
         extras: "row" `[columns]` or "mat" `[..., columns]`.
 
     Returns:
-        `[..., spec.columns]` of dtype `spec.out` or x's.  A row of x holding NaN or Inf gives a NaN row and leaves the
-        other rows alone.
+        Contiguous `[..., spec.columns]` of dtype `spec.out` or x's.  A row of x holding NaN or Inf gives a NaN row and
+        leaves the other rows alone.
+
+    Raises:
+        QCError: "matmul.operands" when operands are missing or have other shapes.
     """
-    step = spec.parts_per_segment
-    if len(parts) != step * len(spec.n) or len(extras) != len(spec.extras) or x.shape[-1] != spec.k:
+    step, lead = spec.parts_per_segment, x.shape[:-1]
+    shapes, wanted = [tuple(t.shape) for t in (x, *extras)], spec.shapes(lead)
+    if len(parts) != step * len(spec.n) or shapes != wanted:
         raise QCError(
             "matmul.operands",
-            f"qmm got {len(parts)} parts, {len(extras)} extras, x {tuple(x.shape)}",
-            why=f"spec {spec} needs {step} parts per segment and k={spec.k}",
+            f"qmm got {len(parts)} parts; x and extras of {shapes}",
+            why=f"spec {spec} needs {step} parts per segment, and {wanted}",
         )
     wide = x.to(torch.float32)
     finite = torch.isfinite(wide).all(-1, keepdim=True)
@@ -273,6 +285,7 @@ def reference_qmm(
         names = {f"a{i}": segment for i, segment in enumerate(segments)} | names
     else:
         names = {"acc": segments[0] if len(segments) == 1 else torch.cat(segments, -1)} | names
-    y = evaluate_epilogue(spec.epilogue, names)
+    # An epilogue may read nothing of x's shape ("e0", "1.0"), and its strides are those of what it reads.
+    y = evaluate_epilogue(spec.epilogue, names).expand(*lead, spec.columns)
     y = torch.where(finite, y, torch.full_like(y, float("nan")))
-    return y.to(OUT_DTYPES[spec.out] if spec.out else x.dtype)
+    return y.to(OUT_DTYPES[spec.out] if spec.out else x.dtype).contiguous()

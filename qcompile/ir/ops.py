@@ -87,9 +87,7 @@ def _fake_qmm(
         check_parts(parts[i * step : (i + 1) * step], what.weight, n, what.k)
     if len(extras) != len(what.extras) or len(parts) != step * len(what.n):
         raise QCError("matmul.operands", f"{len(parts)} parts and {len(extras)} extras for {spec}")
-    shapes = {"row": (what.columns,), "mat": (*x.shape[:-1], what.columns)}
-    wanted = [(x, (*x.shape[:-1], what.k)), *((e, shapes[kind]) for e, kind in zip(extras, what.extras, strict=True))]
-    for operand, shape in wanted:
+    for operand, shape in zip((x, *extras), what.shapes(x.shape[:-1]), strict=True):
         if operand.dim() != len(shape):
             raise QCError("matmul.operands", f"an operand of shape {tuple(operand.shape)}, not {shape}", where=spec)
         for size, want in zip(operand.shape, shape, strict=True):

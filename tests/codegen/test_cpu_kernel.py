@@ -61,9 +61,12 @@ MORE_SPECS = [
     spec_of("nf4/axis0", "int8/g96:fp32"),
     spec_of("uint4/g192:fp16+z", "int4/g96:fp32"),
 ]
+FEW_FIT = ("int6/g64:fp16", "int7/g64:fp16")
 # The portable fragments have one kind of sum, so half of the specs reach all of their code.
 CASES = [(s, isa) for s in SPECS for isa in RUNNABLE if isa != "portable"]
 CASES += [(s, "portable") for s in SPECS[::2]] + [(s, RUNNABLE[0]) for s in MORE_SPECS]
+# AVX2 sums 16-bit pairs for as long as they fit: how long depends on the bits of the codes, and on the digits.
+CASES += [(spec_of(w, a), "avx2") for w in FEW_FIT for a in ("", "int8/token") if "avx2" in RUNNABLE]
 CASES = list(dict.fromkeys(CASES))
 IDS = [f"{isa}-{s}".replace(" ", "_") for s, isa in CASES]
 
@@ -168,7 +171,7 @@ def test_int8_sums_are_exact(weight_scheme: str, isa: str) -> None:
 def test_extreme_codes_do_not_saturate(act: str, isa: str) -> None:
     """Largest codes against largest activations: where 16-bit sums would overflow or 8-bit products
     saturate."""
-    for name in ("int4/g32:fp16", "int8/axis0"):
+    for name in ("int4/g32:fp16", "int8/axis0", *(FEW_FIT if isa == "avx2" else ())):
         spec = spec_of(name, act)
         bits, n, k = spec.weight.format.bits, 16, 512
         for code in (0, 2**bits - 1):

@@ -143,6 +143,19 @@ WRONG: dict[str, Any] = {
 }
 
 
+@pytest.mark.parametrize("shape", [(6, 37), (3, 2, 37), (1, 2, 3, 37), (2, 3, 1)], ids=str)
+def test_a_matrix_beside_the_result_has_its_shape(shape: tuple[int, ...]) -> None:
+    """As many rows are not enough; the plain-torch meaning says the same."""
+    text = FORMS["pair"].format(w=W)
+    x, parts, _ = site(text, 2, 3)
+    with pytest.raises(QCError, match="extra") as error:
+        qmm(x, parts, [torch.zeros(shape)], text)
+    assert error.value.code == "matmul.operands"
+    with reference_only(), pytest.raises(QCError, match="extra") as error:
+        qmm(x, parts, [torch.zeros(shape)], text)
+    assert error.value.code == "matmul.operands"
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_operands_are_errors(name: str) -> None:
     text = FORMS["bias"].format(w=W)
@@ -169,6 +182,8 @@ def test_the_operator_itself_checks_everything() -> None:
         (x, [p.repeat_interleave(2, -1)[..., ::2] for p in parts], *good[2:]),
         (x, parts, [extras[0].half()], *good[3:]),
         (x, parts, [extras[0][:2]], *good[3:]),
+        (x, parts, [extras[0].reshape(2, 2, 37)], *good[3:]),
+        (x.reshape(2, 2, 70), *good[1:]),
         (x, parts, [extras[0].T.contiguous().T], *good[3:]),
         (*good[:3], [37], 70),
         (*good[:3], [37, 36], 70),

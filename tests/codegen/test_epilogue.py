@@ -12,10 +12,9 @@ from qcompile.codegen.devices.cpu import ISAS, detect_isa
 from qcompile.codegen.devices.cpu_text import fragment
 from qcompile.codegen.epilogue import FUNCTIONS, literal, vector_expression
 from qcompile.compat import load_cpp_kernel
-from qcompile.ir.matmul import EPILOGUE_FUNCTIONS
+from qcompile.ir.matmul import BINARY_FUNCTIONS, EPILOGUE_FUNCTIONS
 
 RUNNABLE = ISAS[ISAS.index(detect_isa()) :]
-BINARY = ("maximum", "minimum")
 # Largest error in units in the last place, as `mathfun.h` states them; 0 means the same bits as torch.
 ULPS = {
     "exp": 2.0,
@@ -40,7 +39,7 @@ SUBNORMAL = {"silu": 156 * 2.0**-149}
 def vector_functions(isa: str) -> Callable[..., None]:
     """One kernel that applies function number `which` to 16 lanes at a time."""
     cases = "".join(
-        f"      case {i}: r = {name}(a{', b' if function in BINARY else ''}); break;\n"
+        f"      case {i}: r = {name}(a{', b' if function in BINARY_FUNCTIONS else ''}); break;\n"
         for i, (function, name) in enumerate(FUNCTIONS.items())
     )
     source = (
@@ -54,7 +53,7 @@ def vector_functions(isa: str) -> Callable[..., None]:
         + f"    switch (which) {{\n{cases}    }}\n    fstore(y + i, r);\n  }}\n}}\n"
     )
     types = ["const float*", "const float*", "float*", "int64_t", "int64_t"]
-    return load_cpp_kernel(types, source, ("-mno-avx512f",) if isa == "avx2" else ())
+    return load_cpp_kernel(types, source)
 
 
 def samples() -> torch.Tensor:
@@ -74,7 +73,7 @@ def test_function(function: str, isa: str) -> None:
     other = x.roll(5)
     y = torch.empty_like(x)
     vector_functions(isa)(x, other, y, x.numel(), list(FUNCTIONS).index(function))
-    wide = (x.double(), other.double()) if function in BINARY else (x.double(),)
+    wide = (x.double(), other.double()) if function in BINARY_FUNCTIONS else (x.double(),)
     want = EPILOGUE_FUNCTIONS[function](*wide)
     rounded = want.float()
     assert torch.equal(y.isnan(), rounded.isnan())

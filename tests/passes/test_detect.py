@@ -220,7 +220,7 @@ def test_a_graph_without_contractions_says_so() -> None:
         found = explain(model.eval(), x)
         assert found.coverage == 1.0
         assert any(NO_CONTRACTION in note for note in found.notes)
-    assert explain(nn.Linear(K, N), torch.randn(B, K)).notes == ()
+    assert explain(nn.Linear(K, N).eval(), torch.randn(B, K)).notes == ()
 
 
 # ------------------------------------------------------------------------------------------------- graphs in the graph

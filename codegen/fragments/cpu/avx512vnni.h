@@ -33,7 +33,12 @@ INL VI imax(VI a, VI b) { return _mm512_max_epi32(a, b); }
 template <int S> INL VI ishl(VI a) { return _mm512_slli_epi32(a, S); }
 template <int S> INL VI ishr(VI a) { return _mm512_srli_epi32(a, S); }
 template <int S> INL VI isra(VI a) { return _mm512_srai_epi32(a, S); }
-INL int32_t isum(VI a) { return _mm512_reduce_add_epi32(a); }
+INL int32_t isum(VI a) {  // GCC's own reduction adds signed numbers, whose overflow is undefined
+  __m256i s = _mm256_add_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
+  __m128i t = _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
+  t = _mm_add_epi32(t, _mm_shuffle_epi32(t, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(t, _mm_shuffle_epi32(t, 0xb1)));
+}
 INL int32_t itop(VI a) { return _mm512_reduce_max_epi32(a); }
 
 // 16 narrow values to 16 lanes and back.

@@ -66,6 +66,7 @@ static __attribute__((noinline, unused)) void digits_row(const X::T* x, int64_t 
   memcpy(&absmax, &bits, 4);
   if (bits >= INF_BITS) {
     rows.scale[r] = std::numeric_limits<float>::quiet_NaN();
+    rows.sums[r] = 0;  // COUNTS makes an integer of it, and memory may hold anything
     return;
   }
   float inverse = absmax > 0 ? TOP / absmax : 0.0f;
@@ -131,7 +132,7 @@ static __attribute__((noinline, unused)) void digits_steps(const X::T* x, int64_
       }
     const int32_t count = OFFSET != 0 || ZERO != Zero::NONE ? isum(sum) : 0;
     rows.step[unit * R + r] = step;
-    rows.start[unit * R + r] = -OFFSET * count;
+    rows.start[unit * R + r] = (int32_t)(0u - OFFSET * (uint32_t)count);  // digits of a NaN may have any sum
     total += step * (float)count;
     if (b % per == 0 || b == blocks) {
       rows.sums[group * R + r] = total;

@@ -87,11 +87,13 @@ INL void store_16(void* p, VI a) { vstore(p, __builtin_convertvector(a, H16)); }
 INL VF load_half(const void* p) {  // the bits under a float's exponent, which has a bias 112 greater
   VI h = load_u16(p), size = h & 0x7fff;
   VI special = (size > 0x7bff) & 0x7f800000;
-  return ffrom(fbits(ffrom(size << 13) * 0x1p112f) | special | ishl<16>(h & 0x8000));
+  VF normal = ffrom((size << 13) + (112 << 23));
+  VF value = fsel(size < 0x400, fcvt(size) * 0x1p-24f, normal);  // no subnormal float, which may be flushed to zero
+  return ffrom(fbits(value) | special | ishl<16>(h & 0x8000));
 }
 INL void store_half(void* p, VF a) {  // to nearest, ties to even
   VI u = fbits(a), size = u & 0x7fffffff;
-  VI normal = ((size + 0xfff + ((size >> 13) & 1)) >> 13) - (112 << 10);
+  VI normal = ishr<13>(iadd(size + ((size >> 13) & 1), iset(0xfff))) - (112 << 10);  // a NaN's sum may leave int32
   VI small = fbits(ffrom(size) + 0.5f) - 0x3f000000;  // 0.5 has a unit of 2^-24, a half's smallest step
   VI tiny = size < 0x38800000, over = size > 0x477fefff, nan = size > 0x7f800000;
   VI h = (tiny & small) | (~tiny & normal);
@@ -99,7 +101,7 @@ INL void store_half(void* p, VF a) {  // to nearest, ties to even
   store_16(p, h | (ishr<16>(u) & 0x8000));
 }
 
-template <int S, int M> INL VI bfield(VI a) { return ishr<S>(a) & (M * 0x01010101); }
+template <int S, int M> INL VI bfield(VI a) { return ishr<S>(a) & (int32_t)(M * 0x01010101u); }
 template <int S> INL VI bshl(VI a) { return ishl<S>(a); }
 INL VI bmap16(VI a, const uint8_t* table) {
   VB b = bits_as<VB>(a);

@@ -16,7 +16,10 @@ struct Problem {
 constexpr int64_t MOST_BYTES = 32 << 20;
 constexpr int TOGETHER = PAIRED ? SEGMENTS : 1;  // panels that one unit of work multiplies before its epilogue
 
-class Scratch {  // memory of one thread, kept between calls
+struct NoMemory : std::bad_alloc {  // thrown outside of parallel regions, which no exception may leave
+  const char* what() const noexcept override { return "qmm: no memory for quantized rows"; }
+};
+class Scratch {  // memory of one thread, kept between calls; nullptr when there is none
   char* at = nullptr;
   size_t size = 0;
 
@@ -26,7 +29,7 @@ class Scratch {  // memory of one thread, kept between calls
       free(at);
       size = (want + want / 4 + 4095) / 4096 * 4096;
       at = (char*)aligned_alloc(4096, size);
-      if (!at) abort();
+      if (!at) size = 0;
     }
     return at;
   }
@@ -82,10 +85,14 @@ static __attribute__((noinline)) void finish(const Problem& p, Unit at, Rows row
 template <int R> static void few_rows(const Problem& p, int threads) {
   const int64_t chunk = std::max<int64_t>(1, p.units / (threads * CHUNKS));
   std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
   auto claim = [&] { return next.fetch_add(chunk, std::memory_order_relaxed); };
 #pragma omp parallel num_threads(threads) if (threads > 1)
-  if (int64_t u = claim(); u < p.units) {
-    Rows rows(shared_rows.get(Rows::bytes(R, p.blocks, p.groups)), R, p.blocks, p.groups);
+  if (int64_t u = claim(); u >= p.units) {  // nothing is left
+  } else if (char* own = shared_rows.get(Rows::bytes(R, p.blocks, p.groups)); !own) {
+    failed = true;
+  } else {
+    Rows rows(own, R, p.blocks, p.groups);
     for (int r = 0; r < p.m; r++) take_row(p.x + r * p.ldx, p.k, r, R, rows);
     alignas(64) float c[TOGETHER][R * 16];
     const float* cs[TOGETHER];
@@ -98,6 +105,7 @@ template <int R> static void few_rows(const Problem& p, int threads) {
         finish(p, at, rows, 0, p.m, cs);
       }
   }
+  if (failed) throw NoMemory();
 }
 
 // M > 8: rows are quantized once, in blocks of MR (the last block may have fewer); a panel is unpacked to bytes chunk by
@@ -125,8 +133,10 @@ static void many_rows(const Problem& p, int threads, int64_t begin, int64_t coun
   const int64_t whole = GB ? GB : AB ? AB : 1, chunk = std::min(std::max<int64_t>(CHUNK_BLOCKS / whole, 1) * whole, p.blocks);
   const size_t row_bytes = Rows::bytes(MR, p.blocks, p.groups);
   char* packed = shared_rows.get(row_bytes * row_blocks);
+  if (!packed) throw NoMemory();
   auto rows_of = [&](int64_t b) { return Rows(packed + b * row_bytes, b + 1 < row_blocks ? MR : tail, p.blocks, p.groups); };
   std::atomic<int64_t> next_row{0}, next{0};
+  std::atomic<bool> failed{false};
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     for (int64_t b; (b = next_row.fetch_add(1, std::memory_order_relaxed)) < row_blocks;) {
@@ -138,7 +148,8 @@ static void many_rows(const Problem& p, int threads, int64_t begin, int64_t coun
     const size_t c_bytes = stripe * MR * 16 * sizeof(float);
     char* own = own_panels.get(c_bytes * TOGETHER + chunk * Plain::BYTES);
     uint8_t* bytes = (uint8_t*)own + c_bytes * TOGETHER;
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < stripes * p.units;) {
+    if (!own) failed = true;
+    for (int64_t task; own && (task = next.fetch_add(1, std::memory_order_relaxed)) < stripes * p.units;) {
       const Unit at = unit_of(p, task % p.units);
       const int64_t first = task / p.units * stripe, last = std::min(first + stripe, row_blocks);
       for (int i = 0; i < TOGETHER; i++)
@@ -166,6 +177,7 @@ static void many_rows(const Problem& p, int threads, int64_t begin, int64_t coun
       }
     }
   }
+  if (failed) throw NoMemory();
 }
 
 static void run(Problem& p) {

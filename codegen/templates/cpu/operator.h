@@ -97,10 +97,14 @@ struct Tensor {  // owns its handle
     must(torch_.aoti_torch_get_data_ptr(handle, &data), "read an address");
   }
 
+  void shaped(const char* what, int i, const int64_t* want, int64_t count) const {
+    if (dim != count || !std::equal(want, want + count, size))
+      refuse("%s %d is %s, expected %s", what, i, sizes().c_str(), text_of(want, count).c_str());
+  }
+
   // Sizes as given, and contiguous.
   void expect(const char* what, int i, std::initializer_list<int64_t> want) const {
-    if (dim != (int64_t)want.size() || !std::equal(want.begin(), want.end(), size))
-      refuse("%s %d is %s, expected %s", what, i, sizes().c_str(), text_of(want.begin(), want.size()).c_str());
+    shaped(what, i, want.begin(), (int64_t)want.size());
     int64_t step = 1;
     for (int64_t d = dim; d-- > 0; step *= size[d])
       if (size[d] != 1 && stride[d] != step) refuse("%s %d %s is not contiguous", what, i, sizes().c_str());
@@ -191,8 +195,7 @@ struct Call {
       Tensor& extra = extras[i];
       extra.read("extra", i, (torch_.*kind.dtype)());
       if (kind.mat) {
-        if (extra.dim < 1 || extra.size[extra.dim - 1] != columns || extra.rows() != m)
-          refuse("extra %d is %s, expected %lld rows of %lld", i, extra.sizes().c_str(), (long long)m, (long long)columns);
+        extra.shaped("extra", i, result_size().data(), x.dim);
         distance.push_back(extra.row_stride("extra", i));
       } else {
         extra.expect("extra", i, {columns});
@@ -201,9 +204,14 @@ struct Call {
     }
   }
 
-  Tensor result(Dtype dtype) const {
-    std::vector<int64_t> size(x.size, x.size + x.dim), stride(x.dim);
+  std::vector<int64_t> result_size() const {
+    std::vector<int64_t> size(x.size, x.size + x.dim);
     size.back() = columns;
+    return size;
+  }
+
+  Tensor result(Dtype dtype) const {
+    std::vector<int64_t> size = result_size(), stride(x.dim);
     int64_t step = 1;
     for (int64_t d = x.dim; d-- > 0; step *= std::max<int64_t>(size[d], 1)) stride[d] = step;
     Handle handle = nullptr;
