@@ -51,10 +51,12 @@ def block(found: dict[str, Any]) -> str:
     head = [f"| {' | '.join(names)} |", f"|---|{'---:|' * (len(names) - 1)}"]
     text = (
         f"{about['model']} in fp32, {machine['cpu']}, {machine['inductor_isa']}, {machine['torch_threads']} threads, torch "
-        f"{machine['versions']['torch']}. Prompt of {about['prompt_tokens']} tokens, then one token at a time with a static "
-        f"cache; medians of {about['rounds']} interleaved rounds. Perplexity on {about['scored_tokens']} tokens of "
-        f"{about['text']}. Weights are what the engine computes with; resident is the process without the code, and holds "
-        "the float weights too unless they were given up (`convert`). First call: prompt and decode graph, empty cache."
+        f"{machine['versions']['torch']}; [all numbers of this run]({KEPT.relative_to(ROOT)}). Prompt of "
+        f"{about['prompt_tokens']} tokens, then one token at a time with a static cache; medians of {about['rounds']} "
+        "interleaved rounds. A speed's `x` is the median of the ratios inside each round, so it does not follow from the "
+        f"columns. Perplexity on {about['scored_tokens']} tokens of {about['text']}. Weights are what the engine computes "
+        "with; resident is the process without the code, and holds the float weights too unless they were given up "
+        "(`convert`). First call: prompt and decode graph, empty cache."
     )
     return "\n".join([BEGIN, *head, *map(line, rows), "", text, END])
 

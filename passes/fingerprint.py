@@ -3,28 +3,36 @@
 A compiled graph on disk is only as good as the key it was stored under. This package's own sources are hashed as a
 whole; a pass from elsewhere is described here by its methods, its attributes and, recursively, everything they name:
 functions, classes, modules, constants, tensors. Text is equal in every process exactly when the meaning is, as far as
-Python lets one see. Objects that can only be told by their address are never found equal, which is the safe side.
+Python lets one see. An object is what its class and its attributes are, not what its `repr` shows of it: that may be
+shortened. Objects that can only be told by their address are never found equal in two processes, which is the safe side.
 """
 
 from __future__ import annotations
 
+import enum
 import hashlib
 import os
+import re
+import sys
+import uuid
+from collections import deque
 from collections.abc import Iterable, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType, SimpleNamespace
+from typing import Any
 
 import torch
 
 Seen = dict[int, object]
 # Packages whose code is known by version or hashed elsewhere.
 _KNOWN = ("torch", "qcompile")
+_PROCESS = uuid.uuid4().hex
 _MADE_IN_PYTHON = 1 << 9  # the heap-type flag: classes without it are the interpreter's own
 # What Python puts into every class, and what differs between processes without meaning anything.
 _PLAIN = frozenset(
     "__module__ __doc__ __dict__ __weakref__ __firstlineno__ __static_attributes__ __annotations__ "
-    "__abstractmethods__ _abc_impl".split()
+    "__abstractmethods__ _abc_impl __dataclass_fields__ __dataclass_params__".split()
 )
 
 
@@ -45,7 +53,7 @@ def describe(value: object, seen: Seen | None = None) -> str:
     seen[id(value)] = value
     if isinstance(value, frozenset | set):
         return f"{{{sorted(describe(item, seen) for item in value)}}}"
-    if isinstance(value, tuple | list):
+    if isinstance(value, tuple | list | deque):
         return _all(value, seen)
     if isinstance(value, Mapping):
         return f"{{{_all(value.items(), seen)}}}"
@@ -62,9 +70,44 @@ def describe(value: object, seen: Seen | None = None) -> str:
         return _function(value, seen)
     if isinstance(value, type):
         return _class(value, seen)
-    if type(value).__repr__ is object.__repr__ and hasattr(value, "__dict__") and not _known(type(value).__module__):
-        return f"{describe(type(value), seen)} {describe(vars(value), seen)}"
-    return repr(value)
+    if isinstance(value, enum.Enum):
+        return f"{type(value).__module__}.{type(value).__qualname__}.{value.name} {describe(value.value, seen)}"
+    if isinstance(value, re.Pattern):
+        return f"pattern {_all((value.pattern, value.flags), seen)}"
+    numpy: Any = sys.modules.get("numpy")
+    if numpy is not None and isinstance(value, numpy.ndarray):
+        content = value.tolist() if value.dtype.hasobject else hashlib.sha256(value.tobytes()).hexdigest()
+        return f"array {value.dtype!r} {value.shape} {describe(content, seen)}"
+    return _object(value, seen, "numpy" if numpy is not None and isinstance(value, numpy.ufunc | numpy.generic) else "")
+
+
+def _object(value: object, seen: Seen, package: str) -> str:
+    """Any other object. Those of torch, the standard library and `package` are told by their text, where they have one:
+    they hold locks, caches and the like."""
+    kind = type(value)
+    trusted = _known(kind.__module__) or kind.__module__.partition(".")[0] in (*sys.stdlib_module_names, package)
+    text = repr(value)
+    if trusted and " at 0x" not in text and not isinstance(value, torch.nn.Module | SimpleNamespace):
+        return text
+    state = _state(value)
+    if state is None and kind is not object:
+        return f"{text} {_PROCESS}"
+    return f"{describe(kind, seen)} {describe(state, seen)}"
+
+
+def _state(value: object) -> dict[str, object] | None:
+    """An object's attributes, `None` when it is of C and hides them."""
+    members = [item for cls in type(value).__mro__ for item in vars(cls).items()]
+    slots = {name: slot.__get__(value) for name, slot in members if _filled(slot, value)}
+    return slots | getattr(value, "__dict__", {}) if slots or hasattr(value, "__dict__") else None
+
+
+def _filled(slot: object, value: object) -> bool:
+    """Whether a member of a class is a slot, and the object has something in it."""
+    try:
+        return isinstance(slot, MemberDescriptorType) and slot.__get__(value) is not slot
+    except AttributeError:
+        return False
 
 
 def _all(values: Iterable[object], seen: Seen) -> str:

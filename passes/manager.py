@@ -56,12 +56,22 @@ class PassManager:
                 raise QCError(
                     "pass.failed",
                     f"pass {item.name!r} failed: {type(error).__name__}: {error}",
-                    next=f'drop it with options={{"passes": {{"drop": ["{item.name}"]}}}}, or mend it',
+                    next=f"{_way_out(item, ctx)}, or mend it",
                 ) from error
             if dump is not None:
                 write(dump, number, item.name, gm, ctx.plan)
         gm.recompile()
         return gm
+
+
+def _way_out(item: Pass, ctx: PassContext) -> str:
+    """How to compile without a pass. Only those of the default list can be dropped by name."""
+    edits = ctx.options.passes
+    if any(edit.new is item for edit in edits.insert):
+        return "take it out of options['passes']['insert']"
+    if any(new is item for _, new in edits.replace):
+        return "take it out of options['passes']['replace']"
+    return f"drop it with options={{'passes': {{'drop': ['{item.name}']}}}}"
 
 
 def _snapshot(gm: fx.GraphModule, ctx: PassContext) -> Callable[[], None]:

@@ -13,7 +13,9 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import redirect_stdout
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,8 +36,15 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_out = Console()
-_err = Console(stderr=True)
+
+
+def _console(stderr: bool = False) -> Console:
+    """A file or a pipe has no width: 200 columns there, or what COLUMNS says, and not the 80 of an unknown terminal."""
+    console = Console(stderr=stderr)
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(stderr=stderr, width=200)
+
+
+_out, _err = _console(), _console(stderr=True)
 _Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout, and nothing else there")]
 
 
@@ -46,7 +55,7 @@ def main() -> None:
     try:
         app()
     except QCError as error:
-        _err.print(Text(str(error), style="red"))
+        _err.print(Text(str(error), style="red"), soft_wrap=True)
         sys.exit(1)
 
 
@@ -97,7 +106,7 @@ def doctor(as_json: _Json = False) -> None:
 
 @app.command()
 def explain(
-    target: Annotated[str, typer.Argument(help="module.path:callable that returns (model, args)")],
+    target: Annotated[str, typer.Argument(help="module.path:callable that returns (model, inputs)")],
     recipe: Annotated[str, typer.Option(help="preset, scheme or JSON file")] = "auto",
     policy: Annotated[str, typer.Option(help="speed, memory or accuracy")] = "speed",
     strict: Annotated[bool, typer.Option("--strict", help="fail where a site cannot be quantized as asked")] = False,
@@ -155,18 +164,45 @@ def bench(
 
 # ---------------------------------------------------------------------------------------------------- details
 def _explain(target: str, settings: dict[str, Any]) -> Explanation:
-    made = _load(target)()
+    with _users_code():
+        made = _load(target)()
+    import torch
+
     from qcompile import api
     from qcompile.errors import QCError
 
-    if not isinstance(made, tuple) or len(made) != 2 or not isinstance(made[1], tuple | list):
+    model, args, keywords = (*made, {})[:3] if isinstance(made, tuple) and len(made) in (2, 3) else (None, None, {})
+    args = (args,) if isinstance(args, torch.Tensor) else args
+    if not callable(model) or not isinstance(args, tuple | list) or not isinstance(keywords, Mapping):
+        given = f"({', '.join(type(one).__name__ for one in made)})" if isinstance(made, tuple) else type(made).__name__
         raise QCError(
             "cli.target",
-            f"{target} returned a {type(made).__name__}",
-            next="return the model and a tuple of its positional inputs: return model, (x,)",
+            f"{target} returned {given}",
+            next="return the model and a tuple of its positional inputs, and its keyword inputs as a dict if it takes "
+            "any: return model, (x,) or return model, (x,), {'mask': mask}",
         )
-    model, args = made
-    return api.explain(model, *args, options=settings)
+    with _users_code():
+        return api.explain(model, *args, options=settings, **keywords)
+
+
+@contextmanager
+def _users_code() -> Iterator[None]:
+    """What the user's function raises is shown from the user's first line on, without the frames that led there."""
+    from qcompile.errors import QCError
+
+    try:
+        yield
+    except QCError:
+        raise
+    except Exception as error:
+        trace = error.__traceback__
+        while trace is not None and trace.tb_frame.f_code.co_filename.startswith(_NOT_THEIRS):
+            trace = trace.tb_next
+        traceback.print_exception(type(error), error, trace)
+        raise typer.Exit(1) from error
+
+
+_NOT_THEIRS = (__file__, "<frozen importlib", importlib.__file__)
 
 
 def _load(target: str) -> Any:
@@ -182,7 +218,7 @@ def _load(target: str) -> Any:
             f"cannot load {target!r}",
             where="qcompile explain",
             why=str(error),
-            next="name it as package.module:function, where the function returns (model, args)",
+            next="name it as package.module:function, where the function returns (model, inputs)",
         ) from error
 
 

@@ -32,7 +32,7 @@ from qcompile.passes.rewrite.resolve import refuse_ragged
 from qcompile.plan.recipe import Choice, Recipe
 from qcompile.plan.site import Site
 from qcompile.plan.table import Printed, size_unit
-from qcompile.runtime.store import warn_clamped
+from qcompile.runtime.store import ordinary_tensors, warn_clamped
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -64,6 +64,7 @@ class PackedWeight(nn.Module):
         weight: torch.Tensor = torch.ops.qcompile.decode(list(parts), self.scheme, self.n, self.k, self.dtype)
         return weight.t() if self.transposed else weight
 
+    @ordinary_tensors()
     def right_inverse(self, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Assigning `module.weight = w` encodes `w`. Raises `QCError` for NaN or Inf."""
         given, self._given = self._given, None
@@ -178,9 +179,9 @@ class Conversion(Printed):
             table.add_column(name, overflow="fold", justify="right" if name == unit else "left")
         for item in self.weights:
             shared = f"{size_of(item.bytes_before)} -> {size_of(item.bytes_after)}" if item.bytes_after else "shared"
-            table.add_row(item.path, item.scheme, shared, "")
+            table.add_row(Text(item.path), item.scheme, shared, "")  # names are no markup
         for path, reason in self.kept:
-            table.add_row(path, "", "", reason, style="yellow")
+            table.add_row(Text(path), "", "", Text(reason), style="yellow")
         return Group(table, *(Text(f"note: {note}") for note in self.notes))
 
 
@@ -196,6 +197,7 @@ class _Owner:
     refused: str
 
 
+@ordinary_tensors()
 def convert(model: nn.Module, recipe: Any = "auto", *, strict: bool = False) -> Conversion:
     """Replace float weights by packed ones, in place.
 

@@ -13,6 +13,8 @@ from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from qcompile.errors import QCError, option_error, suggest
 
+BASE = "qcompile.passes.base"  # where the base class of passes lies, whose own methods do nothing
+METHODS = {"dynamo": "run(self, gm, ctx)", "post": "run(self, gm, ctx)", "compile": "wrap(self, inner, ctx)"}
 STAGES = ("dynamo", "post", "compile")  # in the order in which they run
 
 
@@ -46,6 +48,10 @@ def _check_pass(value: object, key: str) -> NamedPass:
         raise option_error(f"{key}.stage", value.stage, "one of: " + ", ".join(STAGES))
     if not (isinstance(needs(value), tuple) and all(isinstance(name, str) for name in needs(value))):
         raise option_error(f"{key}.requires", needs(value), "a tuple of names of passes")
+    method = METHODS[value.stage]
+    if getattr(getattr(value, method.partition("(")[0], None), "__module__", "") == BASE:
+        want = f"a pass with a method that does its work: stage {value.stage!r} calls {method.partition('(')[0]}"
+        raise option_error(key, value.name, want, fix=f"define {method}")
     return value
 
 

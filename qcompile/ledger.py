@@ -7,26 +7,27 @@ can be counted.
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
-from rich.console import Group
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from qcompile import compat
 from qcompile.backend import qcompile, watching
+from qcompile.errors import QCError
 from qcompile.options import Options
 from qcompile.passes.base import PassContext
 from qcompile.passes.rewrite.resolve import training_notes
 from qcompile.plan.plan import Decision
-from qcompile.plan.recipe import PRESETS, Rule
+from qcompile.plan.recipe import PRESETS, Recipe, Rule
 from qcompile.plan.table import Printed, size_unit
 from qcompile.runtime.store import STORE, Entry
 
@@ -107,25 +108,55 @@ class Explanation(Printed):
         rows = values.pop("rows")
         return values | {"rows": [row | {"sqnr": "inf"} if row["sqnr"] == math.inf else row for row in rows]}
 
-    def __rich__(self) -> Group:
+    def __rich__(self) -> RenderableType:
+        return _Sheet(self)
+
+    def title(self) -> str:
+        """The first line of the printed ledger."""
+        graphs = f"{self.graphs} graph(s)" if self.graphs else "no graph was compiled"
+        if not self.rows:
+            return f"recipe {self.recipe}: nothing to quantize, {graphs}"
         unit, size_of = size_unit([size for row in self.rows for size in (row.bytes_before, row.bytes_after)])
-        title = (
+        return (
             f"recipe {self.recipe}: {self.coverage:.1%} of contraction FLOPs quantized, "
-            f"{size_of(self.bytes_before)} {unit} -> {size_of(self.bytes_after)} {unit}, {self.graphs} graph(s)"
+            f"{size_of(self.bytes_before)} {unit} -> {size_of(self.bytes_after)} {unit}, {graphs}"
         )
-        table = Table(title=title, title_justify="left")
-        for name in ("site", "m x n x k", "scheme", "kernel", unit, "SQNR dB", "source", "reason"):
+
+    def table(self, narrow: bool = False) -> Table:
+        """The sites; `narrow`: only the columns that say what happens to each, and why."""
+        unit, size_of = size_unit([size for row in self.rows for size in (row.bytes_before, row.bytes_after)])
+        table = Table(title=self.title(), title_justify="left")
+        names = ("site", "m x n x k", "scheme", "kernel", unit, "SQNR dB", "source", "reason")
+        shown = [name for name in names if not narrow or name in _NARROW]
+        for name in shown:
             table.add_column(name, overflow="fold", justify="right" if name in (unit, "SQNR dB") else "left")
         for row in self.rows:
             m, n, k = row.shape
             size = f"{'?' if m is None else m} x {n} x {k}" if n else ""
             sqnr = "" if row.sqnr is None else "exact" if math.isinf(row.sqnr) else f"{row.sqnr:.1f}"
             weight = f"{size_of(row.bytes_before)} -> {size_of(row.bytes_after)}" if row.bytes_after else ""
-            table.add_row(
-                row.path or row.kind, size, row.scheme, row.kernel, weight, sqnr, row.source, row.reason,
-                style="" if row.quantized else "yellow",
-            )  # fmt: skip
-        return Group(table, *(Text(f"note: {note}") for note in self.notes))
+            cells = (row.path or row.kind, size, row.scheme, row.kernel, weight, sqnr, row.source, row.reason)
+            values = dict(zip(names, cells, strict=True))
+            # Names of modules are no markup.
+            table.add_row(*(Text(values[name]) for name in shown), style="" if row.quantized else "yellow")
+        return table
+
+
+# All columns of the ledger are legible from this width on; fewer are shown on a narrower terminal.
+_WIDE = 120
+_NARROW = ("site", "scheme", "kernel", "reason")
+
+
+@dataclass(frozen=True)
+class _Sheet:
+    """An explanation, printed as wide as the console allows."""
+
+    found: Explanation
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        found = self.found
+        yield found.table(narrow=options.max_width < _WIDE) if found.rows else Text(found.title())
+        yield Group(*(Text(f"note: {note}") for note in found.notes))
 
 
 def explain(
@@ -134,8 +165,7 @@ def explain(
     """Plan a model on example inputs and report every site.
 
     Args:
-        model: a module or function; called once under `torch.no_grad()`, and once more, in eager mode, when parts of it
-            ran outside of every graph.
+        model: a module or function; called once under `torch.no_grad()`.
         args: its positional inputs.
         recipe: preset, scheme, `Recipe` or JSON file; `None`: that of the options, else "auto".
         options: further backend options.
@@ -148,26 +178,36 @@ def explain(
     Weights are encoded to be measured; packed weights that no compiled graph uses are given back before it returns.
 
     Raises:
-        QCError: what the backend would raise for these inputs.
+        QCError: what the backend would raise for these inputs; with `strict` also "explain.eager" when contractions ran
+            in eager mode, outside of every graph, which no backend sees; "explain.option" for an option given as a
+            keyword that the model does not take.
     """
     settings = Options.parse(options) if recipe is None else Options.parse(options, recipe=recipe)
+    name = Recipe.of(settings.recipe).name
+    _check_keywords(compat.uncompiled(model), kwargs)
+    eager = compat.EagerFlops()
     with watching("float") as trace:
 
         def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-            return qcompile(gm, inputs, options=settings)
+            with eager.paused():
+                made = qcompile(gm, inputs, options=settings)
+
+            def run(*values: Any) -> Any:
+                with eager.paused():
+                    return made(*values)
+
+            return run
 
         held = list(STORE)  # so that no id is used twice
         known = set(map(id, held))
         try:
             original = compat.uncompiled(model)
             with _evaluating(original) as notes, torch.no_grad():
-                with compat.unlimited_recompiles(), compat.eager_parts() as breaks:
+                with compat.unlimited_recompiles(), compat.eager_parts() as breaks, eager:
                     run: Callable[..., Any] = torch.compile(_fresh(original), backend=backend)
                     run(*args, **kwargs)
-                found = summarize(trace.contexts)
-                if breaks:
-                    found = _with_eager_parts(found, breaks, lambda: original(*args, **kwargs))
-                return replace(found, notes=(*found.notes, *notes))
+                found = _with_eager_parts(summarize(trace.contexts), breaks, eager.total, settings.strict)
+                return replace(found, recipe=name, notes=(*found.notes, *notes))
         finally:
             STORE.drop_unused([entry for entry in STORE if id(entry) not in known])
 
@@ -187,19 +227,48 @@ def _evaluating(target: Any) -> Iterator[tuple[str, ...]]:
             module.training = True
 
 
-def _with_eager_parts(found: Explanation, breaks: list[str], run: Callable[[], object]) -> Explanation:
-    """Add what ran outside of every graph: the FLOPs of one more run, in eager mode, less those of the graphs."""
-    reason = f"ran in eager mode, outside every graph: {'; '.join(breaks)}"
-    counter = FlopCounterMode(display=False)
-    with counter:
-        run()
-    inside = sum(row.flops for row in found.rows)
-    outside = counter.get_total_flops() - inside
+def _with_eager_parts(found: Explanation, breaks: list[str], flops: int, strict: bool) -> Explanation:
+    """Add what ran outside of every graph, which `strict` refuses."""
+    why = "; ".join(breaks) or "Dynamo made no graph of it"
+    if flops and strict:
+        raise QCError(
+            "explain.eager",
+            f"contractions of {flops:,} FLOPs ran in eager mode, outside of every graph: they cannot be quantized",
+            where=f"{found.graphs} graph(s)" if found.graphs else "no graph was compiled",
+            why=why,
+            next="remove the graph break, or drop strict: `explain` then shows what is quantized around it",
+        )
     rows = found.rows
-    if outside > 0:
-        rows += (Row(-1, "eager", "(eager)", "", (None, 0, 0), "float", "", outside, 0, 0, None, reason),)
-    notes = (*found.notes, *(f"graph break: {why}" for why in breaks))
+    if flops:
+        reason = f"ran in eager mode, outside every graph: {why}"
+        rows += (Row(-1, "eager", "(eager)", "", (None, 0, 0), "float", "", flops, 0, 0, None, reason),)
+    notes = (*found.notes, *(f"graph break: {each}" for each in breaks))
     return replace(found, rows=rows, coverage=_coverage(rows), notes=notes)
+
+
+def _check_keywords(target: Any, given: Mapping[str, Any]) -> None:
+    """An option among the keywords, which belong to the model: a slip that the model's own error would not explain."""
+    options = [name for name in given if name in _OPTIONS]
+    if not options:
+        return
+    try:
+        takes = inspect.signature(target.forward if isinstance(target, nn.Module) else target).parameters
+    except (TypeError, ValueError):  # some built-in functions do not tell
+        return
+    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in takes.values()):
+        return
+    for name in options:
+        if name not in takes:
+            raise QCError(
+                "explain.option",
+                f"the model takes no argument {name!r}",
+                where="explain",
+                why="keywords are the model's inputs; options of the backend are given apart",
+                next=f"pass options={{{name!r}: {given[name]!r}}}",
+            )
+
+
+_OPTIONS = {item.name for item in fields(Options)} | {"mode"}
 
 
 def _coverage(rows: Sequence[Row]) -> float:

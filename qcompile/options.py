@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping
@@ -57,6 +58,13 @@ def _folder(key: str, value: object) -> Path | None:
     folder = Path(value).expanduser()
     if folder.exists() and not folder.is_dir():
         raise option_error(key, value, "a folder, but this is a file", fix="name a folder; it is made if it is missing")
+    try:  # only writing tells: rights are not all that can be in the way
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        fix = "name a folder; it is made if it is missing"
+        raise option_error(key, str(value), f"a folder that can be written to: {error}", fix=fix) from error
     return folder
 
 
@@ -100,7 +108,7 @@ class Options:
     strict    a site that cannot be quantized as asked is an error, not a float site with a reason
     policy    "speed" (a site that would be slower than float stays float), "memory", "accuracy"
     verify    compare every lowered site with its reference on the first call
-    dump      folder for the numbered graphs of every pass and every generated kernel, or None
+    dump      folder for the numbered graphs of every pass and every generated kernel (made at once), or None
     passes    edits of the list of passes
     seed      key of every random choice (stochastic rounding)
     inductor  Inductor's own settings, handed through: dotted name -> value

@@ -26,6 +26,7 @@ from qcompile.errors import QCError, warn
 from qcompile.ir.codec import check_parts, part_names
 from qcompile.ir.fit import FITS
 from qcompile.ir.scheme import Scheme
+from qcompile.runtime.store import ordinary_tensors
 
 VERSION = 1
 TENSORS, MANIFEST = "model.safetensors", "qcompile.json"
@@ -90,6 +91,7 @@ def save(model: nn.Module, path: str | Path) -> Path:
     return folder
 
 
+@ordinary_tensors()
 def load(model: nn.Module, path: str | Path) -> nn.Module:
     """Fill a model of the same architecture from what `save` wrote, in place.
 

@@ -4,7 +4,8 @@ The functional graph that Inductor was given is interpreted once on the very inp
 each `qmm` the generated kernel and the reference run side by side; a difference beyond what the two orders of
 summation explain is an error that names the site, not a warning: it means a kernel, a packed weight or a pass
 is wrong. Lookups and sites without a kernel run the reference itself; how many sites were compared is a note of
-the plan, and a warning when it is none.
+the plan. None is a warning, also where every site stayed float; but not for a graph without sites, such as what lies
+between two graph breaks, nor for a recipe without rules ("none"), which asks for nothing to be quantized.
 """
 
 from __future__ import annotations
@@ -77,8 +78,11 @@ def _report(compared: int, ctx: PassContext) -> None:
     calls = len(groups) + sum(decision.packed and decision.group < 0 for decision in ctx.plan)
     note = f"verify compared {compared} of {calls} calls that read packed weights ({packed} sites) with the reference"
     ctx.plan.notes.append(note)
-    if calls and not compared:
-        warn(f"{note}: lookups, and sites without a kernel, run the reference itself. There was nothing to verify.")
+    asked = bool(ctx.recipe.rules) and len(list(ctx.plan)) > 0
+    if compared or not (calls or asked):
+        return
+    why = "lookups, and sites without a kernel, run the reference itself" if calls else "every site stayed float"
+    warn(f"{note}: {why}. There was nothing to verify.")
 
 
 class _Checker(fx.Interpreter):

@@ -150,6 +150,58 @@ def test_explain_takes_a_policy_and_strictness(tmp_path: Path) -> None:
     assert "did you mean 'speed'?" in wrong.stderr
 
 
+def explained(folder: Path, result: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`explain` of a function that returns `result`, where `Model` and `x` are known."""
+    (folder / "mine.py").write_text(
+        "import torch\n"
+        "class Model(torch.nn.Linear):\n"
+        "    def forward(self, x, gain=1.0):\n"
+        "        return super().forward(x) * gain\n"
+        "def make():\n"
+        "    model, x = Model(64, 64).eval(), torch.ones(2, 64)\n"
+        f"    return {result}\n"
+    )
+    return run("explain", "mine:make", "--recipe", "int8", *arguments, cwd=folder, **environment)
+
+
+@pytest.mark.parametrize("result", ["(model, x)", "(model, [x])", "(model, (x,), {'gain': 2.0})", "(model, x, {})"])
+def test_explain_takes_inputs_as_one_tensor_a_tuple_and_keywords(tmp_path: Path, result: str) -> None:
+    done = explained(tmp_path, result, "--json")
+    assert done.returncode == 0, done.stderr
+    assert [row["path"] for row in json.loads(done.stdout)["rows"]] == ["weight"]
+
+
+@pytest.mark.parametrize("result", ["model", "(model, 3)", "(model, x, 3)", "(x, model)"])
+def test_explain_refuses_other_results(tmp_path: Path, result: str) -> None:
+    done = explained(tmp_path, result)
+    assert done.returncode == 1
+    assert "return model, (x,)" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_users_exception_shows_the_users_lines_only(tmp_path: Path) -> None:
+    done = explained(tmp_path, "model, 1 / 0")
+    assert (done.returncode, done.stdout) == (1, "")
+    lines = done.stderr.splitlines()
+    assert (lines[0], lines[-1]) == ("Traceback (most recent call last):", "ZeroDivisionError: division by zero")
+    assert [line.split('"')[1] for line in lines if line.startswith("  File")] == [str(tmp_path / "mine.py")]
+
+
+def test_what_is_not_a_terminal_has_no_narrow_lines(tmp_path: Path) -> None:
+    wide = {key: value for key, value in os.environ.items() if key != "COLUMNS"} | {"TERM": "dumb"}
+    done = subprocess.run(
+        [QCOMPILE, "bench", "long " * 60], env=wide, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert "long " * 60 in done.stderr  # longer than any console is taken to be
+    explained(tmp_path, "model, x")
+    done = subprocess.run(
+        [QCOMPILE, "explain", "mine:make", "--recipe", "int8"],
+        env=wide, cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "SQNR" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) > 80
+
+
 def test_version() -> None:
     assert run("--version").stdout == f"qcompile {qcompile.__version__}\n"
 

@@ -228,6 +228,14 @@ def test_every_setting_that_changes_code_changes_the_fingerprint() -> None:
     assert len(set(prints)) == len(variants)
 
 
+def test_a_dump_folder_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(QCError, match=r"option 'dump' cannot be .*sub") as caught:
+        Options.parse({"dump": tmp_path / "file" / "sub"})
+    assert caught.value.code == "options.value"
+    assert "Not a directory" in caught.value.why
+
+
 def test_dump_and_the_order_of_keys_do_not_change_the_fingerprint(tmp_path: Path) -> None:
     one = Options.parse({"max_autotune": True, "triton.cudagraphs": False, "dump": tmp_path})
     two = Options.parse({"triton.cudagraphs": False, "max_autotune": True})

@@ -1,5 +1,4 @@
-"""How much quality each preset costs, compiled and in plain torch: perplexity of SmolLM2, embeddings of
-MiniLM.
+"""How much quality each preset costs, compiled and in plain torch: SmolLM2's perplexity, MiniLM's embeddings.
 
 For every preset the backend's own ledger says which weights and activations are quantized and how. That plan
 runs twice: compiled, which is the product, and as the reference, where the weights are rounded in place and

@@ -21,10 +21,12 @@ from qcompile.passes.detect.unhandled import elements, keeps_apart, matrices_rea
 from qcompile.passes.detect.weights import (
     Weight,
     ancestors,
+    buffers_behind,
     constant_nodes,
     is_decode,
     operand_shape,
     packed_rows,
+    parameter_path,
     parameter_roots,
     root_path,
     weight_of,
@@ -78,7 +80,6 @@ class _Scope:
     Attributes:
         constants: nodes that can be weights.
         roots: functions of parameters, each with one of these.
-        lookups: roots of the weights that embeddings read.
         recorded: nodes that run while autograd records.
         transformed: nodes inside a transform of `torch.func`.
         inputs: real parameters by the names of their placeholders.
@@ -88,7 +89,6 @@ class _Scope:
     graph: fx.Graph
     constants: set[fx.Node]
     roots: dict[fx.Node, fx.Node]
-    lookups: set[tuple[fx.Node, ...]]
     recorded: set[fx.Node]
     transformed: set[fx.Node]
     inputs: Mapping[str, Any]
@@ -100,10 +100,24 @@ class _Scope:
         cls, graph: fx.Graph, inputs: Mapping[str, Any], recorded: set[fx.Node], ctx: PassContext, refused: str = ""
     ) -> _Scope:
         constants = constant_nodes(graph, inputs)
-        tables = [argument(node, 1, "weight") for node in graph.nodes if op_name(node) == "embedding"]
-        lookups = {weight.roots for table in tables if (weight := weight_of(table, constants))}
         roots = parameter_roots(graph, inputs)
-        return cls(graph, constants, roots, lookups, recorded, transformed(graph), inputs, ctx, refused)
+        scope = cls(graph, constants, roots, recorded, transformed(graph), inputs, ctx, refused)
+        for node in graph.nodes:
+            if op_name(node) == "embedding" and (table := weight_of(argument(node, 1, "weight"), constants)):
+                ctx.store.tables.update(dict.fromkeys(scope.tensors(table)))
+        return scope
+
+    def tensors(self, weight: Weight) -> list[torch.Tensor]:
+        """What a weight is made of: its parameters, or the packed tensors that stand for them."""
+        nodes = [n for root in weight.roots for n in (root.all_input_nodes if is_decode(root) else [root])]
+        return [
+            tensor for node in nodes if (tensor := self.inputs.get(node.name)) is not _STAND_IN and tensor is not None
+        ]
+
+    def looked_up(self, weight: Weight) -> bool:
+        """Whether an embedding reads the same tensors: here, or in a graph that was compiled before."""
+        tensors = self.tensors(weight)
+        return bool(tensors) and all(tensor in self.ctx.store.tables for tensor in tensors)
 
 
 def _enter(scope: _Scope) -> None:
@@ -169,7 +183,7 @@ def _linear(index: int, node: fx.Node, scope: _Scope) -> Site:
     n, k = (hint(shape[0]) or 0, hint(shape[1]) or 0) if len(shape) == 2 else (1, hint(shape[-1]) or 0)
     weight = weight_of(w, scope.constants)
     kind = node.meta.get("qcompile_kind") or "linear"
-    if weight is not None and kind == "linear" and (is_head(n, k) or weight.roots in scope.lookups):
+    if weight is not None and kind == "linear" and (is_head(n, k) or scope.looked_up(weight)):
         kind = "head"
     return Site(
         index,
@@ -265,8 +279,12 @@ def _product(index: int, node: fx.Node, scope: _Scope) -> Site:
         )
         flops = 2 * out * (hint(left[-1]) or 0 if left else 0)
     weights = [n for n in node.all_input_nodes if n in scope.roots]
-    if not weights or scope.refused:
-        return _float_site(index, "bmm", node, flops, scope.refused or _BOTH_ACTIVATIONS)
+    if scope.refused:
+        return _float_site(index, "bmm", node, flops, scope.refused)
+    if not weights:
+        kept = [behind[0] for n in node.all_input_nodes if (behind := buffers_behind(n, scope.roots))]
+        reason = "the weight operand is a buffer; only parameters are quantized" if kept else _BOTH_ACTIVATIONS
+        return _float_site(index, "bmm", node, flops, reason, parameter_path(kept[0]) if kept else "")
     made = [n for n in weights if n not in scope.constants]
     kind, reason = "other", f"this form of {op_name(node)} with a weight is not handled"
     if made:

@@ -8,6 +8,7 @@ every node that is a pure function of parameters, and turns the ones that end as
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,16 +52,15 @@ def is_decode(node: fx.Node) -> bool:
     )
 
 
+# A step of a source such as L['self']._modules['a.b'].weight or L['layers'][0]: a key in quotes, an index, a name.
+_KEY = re.compile(r"""\['((?:[^'\\]|\\.)*)'\]|\["((?:[^"\\]|\\.)*)"\]|(?:\[|\.)(\w+)\]?""")
+_REGISTRIES = ("_modules", "_parameters", "_buffers")
+
+
 def parameter_path(node: fx.Node) -> str:
     """Module path of a parameter placeholder: "model.layers.0.mlp.up_proj.weight"."""
-    source = compat.placeholder_source(node)
-    keys = []
-    for piece in (
-        source.replace("._modules[", "[").replace("._parameters[", "[").replace("._buffers[", "[").split("[")[1:]
-    ):
-        name, _, rest = piece.partition("]")
-        keys.append(name.strip("'\""))
-        keys += [part for part in rest.split(".") if part]
+    found = _KEY.findall(compat.placeholder_source(node))
+    keys = [single or double or bare for single, double, bare in found if bare not in _REGISTRIES]
     # The first key names the module inside the compiled frame ("self", "model"), not a part of its path.
     keys = keys[1:] if len(keys) > 1 else keys
     # What stands behind a parametrized weight is that weight to whoever writes a rule.
@@ -158,9 +158,19 @@ def why_not_constant(node: Any, roots: Mapping[fx.Node, fx.Node]) -> str:
         if work:
             return f"the weight operand is arithmetic on parameters ({', '.join(dict.fromkeys(work))})"
         return "the weight operand is not constant: the graph writes to it in place"
-    inputs = [n for n in behind if n.op == "placeholder" and n not in roots]
-    buffers = bool(inputs) and all("_buffers[" in compat.placeholder_source(n) for n in inputs)
-    return f"the weight operand is not a parameter: it depends on {'buffers' if buffers else 'inputs'}"
+    return (
+        f"the weight operand is not a parameter: it depends on {'buffers' if buffers_behind(node, roots) else 'inputs'}"
+    )
+
+
+def buffers_behind(node: fx.Node, roots: Mapping[fx.Node, fx.Node]) -> list[fx.Node]:
+    """The buffers that a node is a function of; none when it depends on inputs too.
+
+    Args:
+        roots: `parameter_roots` of its graph.
+    """
+    inputs = [n for n in ancestors(node) if n.op == "placeholder" and n not in roots]
+    return inputs if all("_buffers[" in compat.placeholder_source(n) for n in inputs) else []
 
 
 def weight_of(node: Any, constants: set[fx.Node]) -> Weight | None:

@@ -6,7 +6,6 @@ at this graph's number of rows; `memory` packs whatever can be packed; `accuracy
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import ClassVar
 
@@ -27,6 +26,12 @@ from qcompile.plan.site import Site
 
 PACKED = "packed by convert"
 NO_KERNEL = "no fast kernel"
+GROUP = 32  # CPU kernels take groups of multiples of it
+# What a strict user can do about a refusal, by words of its reason.
+_STEPS = {
+    "dtype torch.float64": "convert the model with model.float(), or use strict=False",
+    "autograd is recording": "call the model under torch.inference_mode() or torch.no_grad()",
+}
 
 
 class Resolve(Pass):
@@ -72,8 +77,16 @@ def refuse_ragged(scheme: Scheme, n: int, k: int, where: str) -> None:
                     f"{level} of {scheme} does not divide {axis}={size}",
                     where=where,
                     why=f"the last group would hold {size % length} of {length} weights; strict refuses that",
-                    next=f"use a group that divides {size} (such as {math.gcd(size, length)}), or strict=False",
+                    next=f"{_even(k, length)}, or strict=False",
                 )
+
+
+def _even(k: int, length: int) -> str:
+    """Advice that has a kernel: the longest group up to `length` that divides `k`, else the shortest, else rows."""
+    groups = [size for size in range(GROUP, k + 1, GROUP) if k % size == 0]
+    if not groups:
+        return f"give each row one scale (axis0): no multiple of {GROUP}, which kernels need, divides {k}"
+    return f"use a group that divides {k} (such as g{max((g for g in groups if g <= length), default=groups[0])})"
 
 
 def _choose(ctx: PassContext, site: Site, weight: Weight) -> Choice:
@@ -91,12 +104,15 @@ def _choose(ctx: PassContext, site: Site, weight: Weight) -> Choice:
 def _refuse(ctx: PassContext, site: Site, reason: str) -> None:
     ctx.plan.update(site.index, reason=reason)
     contracts = site.kind == "other" and site.flops != 0
-    if ctx.options.strict and (site.kind in ("linear", "head", "embedding") or contracts):
+    # What a rule keeps float may be refused.
+    asked = ctx.recipe.resolve(replace(site, kind="linear") if contracts else site).weight is not None
+    if ctx.options.strict and asked and (site.kind in ("linear", "head", "embedding") or contracts):
         raise QCError(
             "site.refused",
             f"{site.kind} site cannot be quantized",
             where=site.path or site.source,
             why=reason,
+            next=next((step for words, step in _STEPS.items() if words in reason), "use strict=False: it stays float"),
         )
     if "autograd is recording" in reason:
         message = f"{site.path}: {reason}"

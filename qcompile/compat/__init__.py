@@ -32,6 +32,7 @@ from qcompile.compat.dynamo import (
     uncompiled,
     unlimited_recompiles,
 )
+from qcompile.compat.flops import EagerFlops
 from qcompile.compat.inductor import (
     Fingerprint,
     compile_fx,
@@ -63,6 +64,7 @@ from qcompile.compat.outlining import (
 from qcompile.compat.sizes import size_expression, size_hint, size_symbols, stride_hints
 
 __all__ = [
+    "EagerFlops",
     "Fingerprint",
     "add_placeholder",
     "clone_graph",

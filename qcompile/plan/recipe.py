@@ -6,10 +6,11 @@ JSON file. First match wins; a rule that matched nothing is reported, because it
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,11 @@ from qcompile.ir.scheme import Scheme
 from qcompile.plan.site import KINDS, Site
 
 VERSION = 1
+_KEYS = ("version", "name", "rules")
 _FILE = f'a recipe file is {{"version": {VERSION}, "name": ..., "rules": [...]}}'
 _MATMULS = ("linear", "head", "bmm")
 _WEIGHTS = (*_MATMULS, "embedding")
+_NEAR = 0.8  # a whole path this much like a glob is a fair guess; below, a common ".weight" is most of the likeness
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,16 @@ class Rule:
         if weight is not None and (why := why_unfit(self.fit, weight)):
             raise QCError("recipe.fit", f"no fit {self.fit!r} for {weight}", why=why, next="use fit='minmax'")
         for kind in self.kind:
-            if kind not in KINDS:
-                raise QCError("recipe.kind", f"unknown site kind {kind!r}{suggest(kind, KINDS)}", next=f"use {KINDS}")
+            if kind not in _WEIGHTS:
+                known = kind in KINDS
+                raise QCError(
+                    "recipe.kind",
+                    f"no rule can match sites of kind {kind!r}"
+                    if known
+                    else f"unknown kind {kind!r}{_near(kind, _WEIGHTS)}",
+                    why="they stay float under every recipe" if known else "",
+                    next=f"use {', '.join(_WEIGHTS)}",
+                )
 
     def selects(self, site: Site) -> bool:
         """Whether the matchers hold (the weight itself is not looked at)."""
@@ -92,9 +103,11 @@ class Rule:
         for glob in (f"{name}.*", f"*.{name}", f"*.{name}.*"):  # a module's name, or the end of a path
             if name and any(fnmatch.fnmatchcase(path, glob) for path in paths):
                 return f"; did you mean {glob!r}?"
-        split = [path.split(".") for path in paths]
-        runs = {".".join(p[i:j]) for p in split for i in range(len(p)) for j in range(i + 1, len(p) + 1)}
-        return suggest(name, sorted(runs))
+        if "head" in name and not any("head" in path for path in paths):
+            return "; a head that shares the embedding's weight has the embedding's path: match it with kind='head'"
+        if whole := difflib.get_close_matches(name, paths, n=1, cutoff=_NEAR):
+            return f"; did you mean {whole[0]!r}?"
+        return _near_part(name, paths)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; defaults are left out."""
@@ -107,8 +120,12 @@ class Rule:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Rule:
-        """Read what `to_json` wrote. Raises `QCError` ("recipe.rule") on unknown keys."""
+        """Read what `to_json` wrote; `kind` may be one string. Raises `QCError` ("recipe.rule") on unknown keys."""
         names = [f.name for f in fields(Rule)]
+        if not isinstance(data, Mapping):
+            raise QCError(
+                "recipe.rule", f"a rule cannot be a JSON {type(data).__name__}", next='write {"weight": "int8/g64"}'
+            )
         for key in data:
             if key not in names:
                 raise QCError("recipe.rule", f"unknown key {key!r} in a rule{suggest(key, names)}", next=f"use {names}")
@@ -116,7 +133,8 @@ class Rule:
         for key in ("weight", "act"):
             values[key] = Scheme.parse(values[key]) if values.get(key) else None
         if "kind" in values:
-            values["kind"] = tuple(values["kind"])
+            kind = values["kind"]
+            values["kind"] = tuple(kind) if isinstance(kind, list | tuple) else (kind,)
         return Rule(**values)
 
 
@@ -194,6 +212,9 @@ class Recipe:
                 f"recipe has version {data.get('version')!r} and {type(data.get('rules')).__name__} rules",
                 next=_FILE,
             )
+        for key in data:
+            if key not in _KEYS:
+                raise QCError("recipe.file", f"unknown key {key!r} in a recipe{suggest(str(key), _KEYS)}", next=_FILE)
         return Recipe(tuple(Rule.from_json(rule) for rule in data["rules"]), str(data.get("name", "custom")))
 
     def fingerprint(self) -> str:
@@ -266,9 +287,34 @@ def sqnr_db(weight: torch.Tensor, scheme: Scheme) -> float:
 
 def _from_file(path: Path) -> Recipe:
     try:
-        return Recipe.from_json(json.loads(path.read_text()))
-    except (OSError, json.JSONDecodeError) as error:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
         raise QCError("recipe.file", f"cannot read recipe {path}", why=str(error), next="check the path") from error
+    except ValueError as error:  # broken syntax, or bytes that are no text
+        raise QCError(
+            "recipe.file", f"{path} is not a JSON file", why=str(error), next=f"mend it there; {_FILE}"
+        ) from error
+    return Recipe.from_json(data)
+
+
+def _near(name: object, choices: Iterable[str]) -> str:
+    return suggest(name, choices) if isinstance(name, str) else ""
+
+
+def _near_part(name: str, paths: Sequence[str]) -> str:
+    """The hint for the part of a path that is nearest to a name: a module's path, or a glob that fits. A last word that
+    both have, such as "weight", counts for nothing: it is in nearly every path."""
+    *stem, last = name.split(".")
+    tail = bool(stem) and any(path.endswith(f".{last}") for path in paths)
+    found: dict[str, str] = {}  # what is compared: what is said
+    for *modules, end in (path.split(".") for path in paths if not tail or path.endswith(f".{last}")):
+        for i in range(len(modules)):
+            for j in [len(modules)] if tail else range(i + 1, len(modules) + 1):
+                run = ".".join(modules[i:j])
+                rest = f".{end}" if tail else ".*" if i else ""
+                found.setdefault(run, f"*.{run}{rest}" if i else f"{run}{rest}")
+    near = difflib.get_close_matches(".".join(stem) if tail else name, found, n=1, cutoff=0.5)
+    return f"; did you mean {found[near[0]]!r}?" if near else ""
 
 
 def _uniform(weight: Scheme, act: Scheme | None, name: str) -> Recipe:

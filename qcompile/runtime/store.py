@@ -16,12 +16,14 @@ import math
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 from qcompile.errors import QCError, warn
 from qcompile.ir.codec import clamped, dequantize, quantize
@@ -75,6 +77,14 @@ class Encoding:
         """Equal for encodings that give the same packed tensors."""
         random = self.scheme is not None and self.scheme.rounding == "stochastic"
         return self.expression.text, str(self.scheme), self.fit, self.seed if random else 0
+
+
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Packed tensors are made in here: one made under inference_mode could neither be rewritten in normal mode later nor
+    be used while autograd records."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class User(Protocol):
@@ -132,9 +142,7 @@ class Entry:
             later: keep the error of a weight with NaN or Inf as `error`, next to parts without contents: code can be
                 compiled for them, and the weight may be mended before it runs.
         """
-        # Packed tensors must be ordinary ones: an inference tensor could not be rewritten later in normal
-        # mode.
-        with torch.inference_mode(False), torch.no_grad():
+        with ordinary_tensors():
             seen = tuple(map(stamp, roots))
             weight = self.expression.evaluate(*(root.detach() for root in roots))
             failed: QCError | None = None
@@ -234,6 +242,10 @@ class Store:
     integer comparison that it has to look. That happens on request (`mark`), when a parameter or the storage behind
     it dies (another one may then get the same address, and look unchanged to a stamp), and when a graph that was
     compiled for other strides of a parameter wrote to the packed tensors.
+
+    Attributes:
+        tables: tensors that embeddings read, of all graphs so far: a linear layer that shares one is a head, also where a
+            graph break lies between the two.
     """
 
     def __init__(self) -> None:
@@ -241,6 +253,7 @@ class Store:
         self.epoch = 0
         self._entries: dict[Key, Entry] = {}
         self._roots: dict[int, _Root] = {}
+        self.tables = WeakIdKeyDictionary()
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(list(self._entries.values()))

@@ -298,3 +298,44 @@ print("DROP", (before - resident()) / size, report.bytes_before == size)
 
 def test_packed_weight_prints_itself() -> None:
     assert "uint4/g32:fp16+m" in repr(PackedWeight("uint4/g32:fp16+m", 4, 64, torch.float32))
+
+
+class Tied(nn.Module):
+    """A small vocabulary, so that only the shared weight tells a head."""
+
+    def __init__(self, graph_break: bool) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(96, 64), nn.Linear(64, 96, bias=False)
+        self.head.weight, self.graph_break = self.embed.weight, graph_break
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = torch.relu(self.embed(ids))
+        if self.graph_break:
+            torch._dynamo.graph_break()
+        y: Tensor = self.head(x)
+        return y
+
+
+@pytest.mark.parametrize("graph_break", [False, True])
+@pytest.mark.parametrize("given_up", [False, True])
+def test_tied_head_is_a_head(given_up: bool, graph_break: bool) -> None:
+    """Also where a graph break lies between the table and the head, and where `convert` has packed them."""
+    model, ids = Tied(graph_break).eval(), torch.randint(0, 96, (2, 5))
+    if given_up:
+        convert(model, "w8a8")
+    report = explain(model, ids, recipe="w8a8")
+    assert [(row.kind, row.scheme) for row in report if row.kind != "eager"] == [
+        ("embedding", "int8/g64:fp16"),
+        ("head", "int8/g64:fp16"),
+    ]
+    assert not any("keep their schemes" in note for note in report.notes)
+
+
+def test_inference_mode_makes_ordinary_tensors(tmp_path: Path) -> None:
+    with torch.inference_mode():
+        model = packed()
+        save(model, tmp_path)
+        loaded = load(TinyLM(layers=1), tmp_path)
+        model.embed.weight = torch.randn(128, 64)
+    assert not any(buffer.is_inference() for m in (model, loaded) for buffer in m.buffers())
+    model.load_state_dict(loaded.state_dict())

@@ -207,3 +207,22 @@ def test_a_bad_weight_leaves_the_whole_model_as_it_was() -> None:
     with torch.no_grad():
         model[2].weight[3, 5] = 0.0
     assert [item.path for item in convert(model, SCHEME).weights] == ["0.weight", "1.weight", "2.weight"]
+
+
+def test_names_are_no_markup() -> None:
+    model = nn.ModuleDict({"a[/b]": nn.Linear(64, 64)})
+    assert "a[/b].weight" in str(convert(model, "int8"))
+    assert "a[/b].weight" in str(convert(model, "int8"))  # now under "kept"
+
+
+def test_names_in_the_ledger_are_no_markup() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_module("[/b]", nn.Linear(64, 64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = getattr(self, "[/b]")(x)
+            return y
+
+    assert "[/b" in str(explain(Odd().eval(), torch.randn(2, 64), recipe="int8"))

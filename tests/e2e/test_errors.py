@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import qcompile
-from qcompile import QCError, QCWarning, explain, load, refresh, save
+from qcompile import QCError, QCWarning, Recipe, Rule, explain, load, refresh, save
 from qcompile.backend import watching
 from qcompile.conversion import convert
 from tests.e2e.support import compiled, decoded, fp32_step, noise_bound
@@ -51,7 +51,13 @@ ERRORS: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, Any], str, li
     "pass": (model, X, {"passes": {"drop": ["mergee"]}}, "passes.unknown", ["did you mean 'merge'?"]),
     "ragged": (
         lambda: model(40), torch.randn(2, 40), {"recipe": "int4/g32:fp16", "strict": True}, "scheme.ragged",
-        ["0.weight", "K=40", "g32", "group that divides 40"],
+        ["0.weight", "K=40", "g32", "give each row one scale (axis0)"],
+    ),
+    "ragged, with a better group": (
+        model, X, {"recipe": "int4/g48:fp16", "strict": True}, "scheme.ragged", ["0.weight", "K=64", "(such as g32)"],
+    ),
+    "float64": (
+        lambda: model().double(), X.double(), {"recipe": "int8", "strict": True}, "site.refused", ["model.float()"],
     ),
     "nan": (with_nan, X, {"recipe": "int8"}, "codec.nonfinite-weight", ["2.weight", "[3, 4]", "nan"]),
     "nan, measured": (with_nan, X, {"recipe": "auto"}, "codec.nonfinite-weight", ["2.weight", "[3, 4]"]),
@@ -96,6 +102,11 @@ def test_integers_run_as_they_are_when_not_strict() -> None:
     with torch.no_grad(), watching("reference") as trace:
         assert torch.equal(compiled(Integers())(x), Integers()(x))
     assert [d.reason for d in trace.contexts[0].plan] == ["the weight has dtype torch.int64"]
+
+
+def test_what_a_rule_keeps_float_is_no_error_of_strict() -> None:
+    x, keeps = torch.arange(16).reshape(2, 8), Recipe((Rule(None, path="w"), Rule("int8/axis0")))
+    assert not explain(Integers(), x, recipe=keeps, options={"strict": True}).rows[0].quantized
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

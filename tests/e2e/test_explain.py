@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from qcompile import Pass, QCError, Recipe, Rule, Scheme, explain
@@ -334,3 +335,34 @@ def test_a_function_that_dynamo_cannot_trace() -> None:
 
     found = explain(loop, torch.randn(2, 16), recipe=RECIPE)
     assert sum(row.flops for row in found) == 3 * 2 * 2 * 16 * 16
+
+
+def test_an_option_among_the_keywords_of_the_model() -> None:
+    model, x = nn.Linear(64, 64).eval(), torch.randn(2, 64)
+    with pytest.raises(QCError, match=r"options=\{'strict': True\}") as caught:
+        explain(model, x, recipe=RECIPE, strict=True)
+    assert caught.value.code == "explain.option"
+
+    def takes(x: Tensor, strict: bool) -> Tensor:
+        return model(x) if strict else x
+
+    assert len(explain(takes, x, recipe=RECIPE, strict=True).rows) == 1
+
+
+def test_nothing_to_quantize_is_said() -> None:
+    found = explain(lambda a: a, torch.randn(2, 4), recipe="int8")
+    assert str(found) == "recipe int8: nothing to quantize, no graph was compiled\n"
+
+
+def test_a_narrow_terminal_gets_fewer_columns() -> None:
+    found = explain(nn.Linear(64, 64).eval(), torch.randn(2, 64), recipe=RECIPE)
+    heads = {}
+    for width in (80, 119, 120):
+        console = Console(width=width, color_system=None)
+        with console.capture() as capture:
+            console.print(found)
+        heads[width] = [
+            name for name in ("site", "scheme", "kernel", "reason", "source", "SQNR") if name in capture.get()
+        ]
+    assert heads[80] == heads[119] == ["site", "scheme", "kernel", "reason"]
+    assert heads[120] == [*heads[80], "source", "SQNR"]

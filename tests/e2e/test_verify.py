@@ -41,3 +41,15 @@ def test_calls_are_counted_and_nothing_is_kept() -> None:
 def test_nothing_to_compare_is_said(model: nn.Module, x: torch.Tensor, options: dict[str, str]) -> None:
     with torch.no_grad(), pytest.warns(QCWarning, match="compared 0 of 1 calls"):
         compiled(model.eval(), verify=True, **options)(x)
+
+
+def test_a_model_that_stays_float_leaves_nothing_to_verify() -> None:
+    """Except where nothing was asked: no rules, or a graph without sites."""
+    conv, relu = nn.Conv2d(4, 4, 3).eval(), nn.ReLU().eval()
+    with torch.no_grad():
+        with pytest.warns(QCWarning, match="compared 0 of 0 calls .* every site stayed float"):
+            compiled(conv, verify=True)(torch.randn(1, 4, 8, 8))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", QCWarning)
+            compiled(conv, "none", verify=True)(torch.randn(1, 4, 8, 8))
+            compiled(relu, verify=True)(torch.randn(2, 8))

@@ -194,10 +194,12 @@ def test_ordinary_reads_of_parameters_are_not_listed() -> None:
         (lambda x, m: F.linear(x, m.w * m.v), "arithmetic on parameters (mul)"),
         (lambda x, m: F.linear(x, m.buffer), "not a parameter: it depends on buffers"),
         (lambda x, m: F.linear(x, x.expand(N, K)), "not a parameter: it depends on inputs"),
+        (lambda x, m: x @ m.buffer.t(), "the weight operand is a buffer"),
+        (lambda x, m: x @ (m.buffer * x.sum()).t(), "both operands are activations"),
         (lambda x, m: (m.w.mul_(2), F.linear(x, m.w))[1], "the graph writes to it in place"),
         (lambda x, m: torch.vmap(lambda row: F.linear(row, m.w))(x), "inside a transform of torch.func"),
     ],
-    ids=["arithmetic", "buffer", "input", "written", "vmap"],
+    ids=["arithmetic", "buffer", "input", "product with a buffer", "product", "written", "vmap"],
 )
 def test_reasons(function: Any, words: str) -> None:
     (site,) = sites(With(function), torch.randn(1, K))

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import enum
+import logging
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import numpy
 import pytest
 import torch
 from torch import fx
 
 from qcompile import Pass, PassContext
 from qcompile.backend import DEFAULT_PASSES
+from qcompile.passes.fingerprint import describe
 from tests.passes import graphs
 
 
@@ -95,3 +105,83 @@ def test_fingerprints_see_what_a_pass_names(monkeypatch: pytest.MonkeyPatch) -> 
     prints.append(Reads().fingerprint())
     _LIST[0][2500] = 0.0
     assert len(set(prints)) == 5
+
+
+class Shown:
+    """Its text says nothing of its content."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __repr__(self) -> str:
+        return "Shown"
+
+
+class Slotted:
+    __slots__ = ("__value",)  # Python stores a private name under another one
+
+    def __init__(self, value: object) -> None:
+        self.__value = value
+
+
+@dataclass
+class Hidden:
+    value: object = field(repr=False)
+
+
+class Kind(enum.Enum):
+    A = 1
+    B = 2
+
+
+def linear(weight: float) -> torch.nn.Module:
+    layer = torch.nn.Linear(2, 2)
+    torch.nn.init.constant_(layer.weight, weight)
+    torch.nn.init.zeros_(layer.bias)
+    return layer
+
+
+def table(value: float) -> Any:
+    """Longer than numpy prints."""
+    found = numpy.zeros(5000)
+    found[2500] = value
+    return found
+
+
+PAIRS = [
+    (table(1), table(2)),
+    (linear(1), linear(2)),
+    *((kind(1), kind(2)) for kind in (Shown, Slotted, Hidden)),
+    (Shown(table(1)), Shown(table(2))),
+    (Kind.A, Kind.B),
+    (re.compile("x" * 300 + "a"), re.compile("x" * 300 + "b")),
+    (Path("a"), Path("b")),
+    (logging.getLogger("a"), logging.getLogger("b")),
+    (numpy.add, numpy.subtract),
+    (numpy.float32(1), numpy.float32(2)),
+    (numpy.array([Shown(1)]), numpy.array([Shown(2)])),
+    (SimpleNamespace(a=table(1)), SimpleNamespace(a=table(2))),
+    (object(), Shown(1)),
+    (torch.float32, torch.float16),
+    (torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor),
+]
+
+
+@pytest.mark.parametrize("index", range(len(PAIRS)))
+def test_objects_are_what_they_hold(index: int) -> None:
+    one, other = PAIRS[index]
+    assert describe(one) == describe(one) != describe(other)
+
+
+def test_descriptions_are_equal_in_every_process() -> None:
+    """Only then does a disk cache ever find anything."""
+    script = "from tests.passes.test_fingerprint import *; print([describe(pair) for pair in PAIRS])"
+    root = Path(__file__).parents[2]
+    runs = [subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True) for _ in range(2)]
+    assert runs[0].stdout == runs[1].stdout != "", runs[0].stderr
+
+
+def test_what_hides_its_state_is_never_found_in_another_process() -> None:
+    script = "import threading; from qcompile.passes.fingerprint import describe; print(describe(threading.Lock()))"
+    runs = [subprocess.run([sys.executable, "-c", script], capture_output=True, text=True) for _ in range(2)]
+    assert runs[0].stdout != runs[1].stdout, runs[0].stderr

@@ -14,6 +14,7 @@ from qcompile import Pass, PassContext, QCError, default_passes
 from qcompile.backend import DEFAULT_PASSES, watching
 from qcompile.options import Options
 from qcompile.passes.base import Stage
+from qcompile.passes.freeze.freeze import Freeze
 from qcompile.passes.late.outline_pass import Outline
 from qcompile.passes.match import drop_dead, effects_before, op_name, writes
 from qcompile.passes.rewrite.merge import Merge
@@ -262,7 +263,34 @@ def test_failing_pass(item: Pass) -> None:
         call({"insert": [("after", "detect", item)]}, x, model)
     assert caught.value.code == "pass.failed"
     assert item.name in caught.value.what
-    assert item.name in caught.value.next
+    assert caught.value.next == "take it out of options['passes']['insert'], or mend it"
+
+
+@pytest.mark.parametrize("how", ["default", "replace"])
+def test_the_way_around_a_failing_pass_is_one_that_works(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, failing = Functional(lambda y: y, (16,)), torch.randn(3, 32), Failing()
+    if how == "default":
+        monkeypatch.setattr(Freeze, "run", failing.run)
+    with pytest.raises(QCError) as caught:
+        call({} if how == "default" else {"replace": {"freeze": failing}}, x, model)
+    assert caught.value.code == "pass.failed"
+    want = {"default": "drop it with options={'passes': {'drop': ['freeze']}}", "replace": "take it out of"}[how]
+    assert caught.value.next.startswith(want)
+    if how == "default":
+        torch._dynamo.reset()
+        call({"drop": ["freeze"]}, x, model)
+
+
+class Idle(Pass):
+    name: ClassVar[str] = "idle"
+
+
+@pytest.mark.parametrize(("stage", "method"), [("dynamo", "run"), ("post", "run"), ("compile", "wrap")])
+def test_a_pass_that_does_nothing_is_refused(stage: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Idle, "stage", stage)
+    with pytest.raises(QCError, match=f"stage '{stage}' calls {method}") as caught:
+        Options.parse(passes={"insert": [("after", "detect", Idle())]})
+    assert caught.value.next.startswith(f"define {method}(self, ")
 
 
 # --------------------------------------------------------------------------------------------------------------- dump

@@ -137,6 +137,44 @@ def test_rules_are_checked() -> None:
         Rule(Scheme.parse("int8/tensor"), fit="mse")
 
 
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("liner", ["unknown kind 'liner'; did you mean 'linear'?"]),
+        (["linear", "haed"], ["did you mean 'head'?"]),
+        ("conv", ["no rule can match sites of kind 'conv'", "they stay float"]),
+        (3, ["unknown kind 3"]),
+    ],
+)
+def test_kinds_that_no_rule_can_match(kind: object, words: list[str]) -> None:
+    with pytest.raises(QCError) as caught:
+        Rule.from_json({"weight": None, "kind": kind})
+    assert (caught.value.code, caught.value.next) == ("recipe.kind", "use linear, head, bmm, embedding")
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_one_kind_in_a_file_may_be_a_string() -> None:
+    assert Rule.from_json({"weight": str(INT8), "kind": "head"}) == Rule(INT8, kind=("head",))
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "words"),
+    [
+        ('{"version": 1, "rules": [', "recipe.file", ["is not a JSON file", "line 1 column"]),
+        ("{'version': 1}", "recipe.file", ["is not a JSON file"]),
+        ('{"version": 1, "rules": [], "nmae": "x"}', "recipe.file", ["unknown key 'nmae'", "did you mean 'name'?"]),
+        ('{"version": 1, "rules": ["int8"]}', "recipe.rule", ["a rule cannot be a JSON str"]),
+    ],
+)
+def test_files_that_are_no_recipe(tmp_path: Path, text: str, code: str, words: list[str]) -> None:
+    (tmp_path / "mine.json").write_text(text)
+    with pytest.raises(QCError) as caught:
+        Recipe.of(tmp_path / "mine.json")
+    assert caught.value.code == code
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert "check the path" not in caught.value.next
+
+
 def test_coverage_counts_flops() -> None:
     plan = Plan({i: Decision(replace(SITE, index=i, flops=flops)) for i, flops in enumerate((300, 100, 0))})
     assert plan.coverage == 0
@@ -154,20 +192,29 @@ PATHS = ["model.layers.0.self_attn.q_proj.weight", "model.layers.10.self_attn.q_
     ("glob", "said"),
     [
         ("model.layrs.*", "did you mean 'model.layers'?"),
-        ("*.q_prj.weight", "did you mean 'q_proj.weight'?"),
+        ("*.q_prj.weight", "did you mean '*.q_proj.weight'?"),
         ("model.layers.*.slef_attn.*", "did you mean 'model.layers.0.self_attn'?"),
         ("head", "did you mean 'head.*'?"),  # a module's own name, which no weight has
         ("q_proj", "did you mean '*.q_proj.*'?"),
         ("layers.0.self_attn.q_proj.weight", "did you mean '*.layers.0.self_attn.q_proj.weight'?"),
         ("head.*", "its path fits 'head.weight'"),  # the glob is right, so it gets no correction
         ("vision.tower.*", ""),
+        ("out.weight", ""),  # nothing but "weight" is alike
+        ("*.weigth", ""),
+        ("slef_attn", "did you mean '*.self_attn.*'?"),
+        ("haed.weight", "did you mean 'head.weight'?"),
         ("*", ""),
     ],
 )
 def test_the_hint_of_a_rule_that_selected_nothing(glob: str, said: str) -> None:
-    hint = Rule(INT8, path=glob, kind="conv").hint(PATHS)
+    hint = Rule(INT8, path=glob, kind="linear").hint(PATHS)
     assert said in hint if said else hint == ""
     assert Rule(INT8, path="typo").hint([]) == ""
+
+
+def test_the_hint_for_a_head_that_has_no_path_of_its_own() -> None:
+    assert "match it with kind='head'" in Rule(INT8, path="lm_head*").hint(["embed.weight", "layers.0.fc.weight"])
+    assert "did you mean 'lm_head.weight'?" in Rule(INT8, path="lm_haed.weight").hint(["lm_head.weight"])
 
 
 def test_what_a_recipe_asks_of_a_weight_that_is_gone() -> None:
