@@ -188,6 +188,7 @@ def test_another_shape_or_dtype_compiles_again() -> None:
     assert len(trace.contexts) >= 3
 
 
+@pytest.mark.skipif(OLD_GUARDS, reason="this Dynamo does not look at a parameter's strides again")
 def test_other_strides_and_back() -> None:
     """One graph for each kind of strides; both write to one packed copy."""
     model, x = nn.Linear(32, 32).eval(), torch.randn(2, 32)
