@@ -62,7 +62,6 @@ from qcompile.compat.outlining import (
     why_whole,
 )
 from qcompile.compat.sizes import size_expression, size_hint, size_symbols, stride_hints
-from qcompile.compat.triton import interpreted, triton_modules, triton_version
 
 __all__ = [
     "EagerFlops",
@@ -91,7 +90,6 @@ __all__ = [
     "inductor_modes",
     "inductor_options",
     "inner_compile",
-    "interpreted",
     "is_fake",
     "load_cpp_kernel",
     "load_operator",
@@ -110,8 +108,6 @@ __all__ = [
     "skip_module_guards",
     "stride_hints",
     "trim_memory",
-    "triton_modules",
-    "triton_version",
     "uncompiled",
     "unlimited_recompiles",
     "warm_cpp",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from qcompile import compat
+from qcompile.compat.triton import interpreted, triton_version
 from qcompile.errors import QCError
 
 _checked: set[str] = set()  # versions of Triton whose repaired interpreter was found to be right
@@ -36,7 +36,7 @@ def interpret() -> Iterator[None]:
             version of Triton computes bf16 wrongly even when repaired (checked once in a process).
     """
     global _depth
-    version = compat.triton_version()
+    version = triton_version()
     if version is None:
         raise QCError(
             "testing.no-triton",
@@ -51,7 +51,7 @@ def interpret() -> Iterator[None]:
         finally:
             _depth -= 1
         return
-    with compat.interpreted():
+    with interpreted():
         if version not in _checked:
             _check(version)
             _checked.add(version)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcompile import compat
+from qcompile.compat.triton import triton_modules
 
-triton, tl = compat.triton_modules()
+triton, tl = triton_modules()
 
 
 def _dot(a: Any, b: Any, out: Any) -> None:

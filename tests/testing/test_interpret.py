@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu
 
-from qcompile import compat
+from qcompile.compat import triton as switch
 from qcompile.errors import QCError
 from qcompile.testing import interpret as module
 from qcompile.testing.interpret import interpret
@@ -120,7 +120,7 @@ def test_one_missing_repair_is_named(monkeypatch: pytest.MonkeyPatch, method: st
     from triton.runtime.interpreter import InterpreterBuilder
 
     original = getattr(InterpreterBuilder, method)
-    repair = compat.triton.repair_floats
+    repair = switch.repair_floats
 
     def all_but_one(stack: object, interpreter: object) -> None:
         repair(stack, interpreter)
@@ -216,7 +216,7 @@ def test_compiled_functions_are_cpp_outside(own_disk_cache: Path) -> None:
 
 
 def test_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat, "triton_version", lambda: None)
+    monkeypatch.setattr("qcompile.testing.interpret.triton_version", lambda: None)
     with pytest.raises(QCError) as caught, interpret():
         pass
     assert caught.value.code == "testing.no-triton"
