@@ -15,6 +15,7 @@ from torch import fx
 from qcompile.errors import QCError, warn
 from qcompile.ir.granularity import Nested
 from qcompile.ir.matmul import MatmulSpec
+from qcompile.ir.packing import BLOCK
 from qcompile.ir.scheme import Scheme
 from qcompile.passes.base import Pass, PassContext, node_device
 from qcompile.passes.detect.sites import SITE
@@ -26,7 +27,6 @@ from qcompile.plan.site import Site
 
 PACKED = "packed by convert"
 NO_KERNEL = "no fast kernel"
-GROUP = 32  # CPU kernels take groups of multiples of it
 # What a strict user can do about a refusal, by words of its reason.
 _STEPS = {
     "dtype torch.float64": "convert the model with model.float(), or use strict=False",
@@ -83,9 +83,9 @@ def refuse_ragged(scheme: Scheme, n: int, k: int, where: str) -> None:
 
 def _even(k: int, length: int) -> str:
     """Advice that has a kernel: the longest group up to `length` that divides `k`, else the shortest, else rows."""
-    groups = [size for size in range(GROUP, k + 1, GROUP) if k % size == 0]
+    groups = [size for size in range(BLOCK, k + 1, BLOCK) if k % size == 0]  # kernels take whole blocks
     if not groups:
-        return f"give each row one scale (axis0): no multiple of {GROUP}, which kernels need, divides {k}"
+        return f"give each row one scale (axis0): no multiple of {BLOCK}, which kernels need, divides {k}"
     return f"use a group that divides {k} (such as g{max((g for g in groups if g <= length), default=groups[0])})"
 
 
