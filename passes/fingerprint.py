@@ -27,6 +27,7 @@ import torch
 Seen = dict[int, object]
 # Packages whose code is known by version or hashed elsewhere.
 _KNOWN = ("torch", "qcompile")
+_OPERATORS = (torch._ops.OperatorBase, torch._ops.OpOverloadPacket)
 _PROCESS = uuid.uuid4().hex
 _MADE_IN_PYTHON = 1 << 9  # the heap-type flag: classes without it are the interpreter's own
 # What Python puts into every class, and what differs between processes without meaning anything.
@@ -82,12 +83,14 @@ def describe(value: object, seen: Seen | None = None) -> str:
 
 
 def _object(value: object, seen: Seen, package: str) -> str:
-    """Any other object. Those of torch, the standard library and `package` are told by their text, where they have one:
-    they hold locks, caches and the like."""
+    """Any other object. Ours, torch's operators and constants, and those of the standard library and `package` are told
+    by their text, where they have one: they hold locks, caches and the like."""
     kind = type(value)
-    trusted = _known(kind.__module__) or kind.__module__.partition(".")[0] in (*sys.stdlib_module_names, package)
+    root = kind.__module__.partition(".")[0]
+    complete = not hasattr(value, "__dict__") or isinstance(value, _OPERATORS) if root == "torch" else _known(root)
+    trusted = complete or root in (*sys.stdlib_module_names, package)
     text = repr(value)
-    if trusted and " at 0x" not in text and not isinstance(value, torch.nn.Module | SimpleNamespace):
+    if trusted and " at 0x" not in text and not isinstance(value, SimpleNamespace):
         return text
     state = _state(value)
     if state is None and kind is not object:

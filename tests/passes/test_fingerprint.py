@@ -141,6 +141,11 @@ def linear(weight: float) -> torch.nn.Module:
     return layer
 
 
+def normal(mean: float) -> Any:
+    """Torch shows the size of a tensor here, not what is in it."""
+    return torch.distributions.Normal(torch.full((8,), mean), torch.ones(8))
+
+
 def table(value: float) -> Any:
     """Longer than numpy prints."""
     found = numpy.zeros(5000)
@@ -164,6 +169,8 @@ PAIRS = [
     (object(), Shown(1)),
     (torch.float32, torch.float16),
     (torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor),
+    (torch.ops.higher_order.cond, torch.ops.higher_order.scan),
+    (normal(1), normal(2)),
 ]
 
 
