@@ -102,7 +102,7 @@ class Pass:
 
     def fingerprint(self) -> str:
         """Changes whenever the pass may produce another graph: see `qcompile.passes.fingerprint`."""
-        return hashlib.sha256(describe((type(self), vars(self))).encode()).hexdigest()[:16]
+        return hashlib.sha256(describe(self).encode()).hexdigest()[:16]
 
 
 def node_device(node: fx.Node) -> torch.device:
