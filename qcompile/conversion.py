@@ -310,9 +310,17 @@ def packed_weights(model: nn.Module) -> list[tuple[str, nn.Module, PackedWeight]
     """Every packed weight: (path of its module, the module, the parametrization)."""
     found = []
     for path, module in model.named_modules():
-        for weights in getattr(module, "parametrizations", {}).values():
+        for weights in _parametrized(module).values():
             found += [(path, module, item) for item in weights if isinstance(item, PackedWeight)]
     return found
+
+
+def _parametrized(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
+    """The parametrized tensors of a module. A user's own module may be called "parametrizations" too."""
+    lists = module._modules.get("parametrizations")
+    if not isinstance(lists, nn.ModuleDict):
+        return {}
+    return {name: item for name, item in lists.items() if isinstance(item, parametrize.ParametrizationList)}
 
 
 def keeps_transposed(module: nn.Module) -> bool:
@@ -361,7 +369,7 @@ def _matrices(module: nn.Module, candidate: bool) -> Iterator[tuple[str, torch.T
         elif isinstance(module, nn.Embedding) and module.max_norm is not None:
             refused = "max_norm renormalizes the table in place on every call"
         yield "weight", weight, refused
-    elif candidate and not _is_packed(module):
+    elif candidate and not isinstance(_parametrized(module).get("weight"), PackedParts):
         # weight_norm and its like: a matrix of the weight's shape stands for it in the report.
         made = max(module.parameters(), key=lambda p: p.numel(), default=torch.empty(0))
         yield "weight", made, "the weight is computed from other parameters: remove its parametrization first"
@@ -370,11 +378,6 @@ def _matrices(module: nn.Module, candidate: bool) -> Iterator[tuple[str, torch.T
             parameter = module._parameters.get(name)
             if parameter is not None:
                 yield name, parameter, "MultiheadAttention reads its input projection in one piece, as a parameter"
-
-
-def _is_packed(module: nn.Module) -> bool:
-    parametrized = getattr(module, "parametrizations", {})
-    return "weight" in parametrized and isinstance(parametrized["weight"], PackedParts)
 
 
 def _rows(weight: torch.Tensor, owner: _Owner) -> torch.Tensor:

@@ -2,22 +2,21 @@
 
 `explain` traces a model exactly as the backend would, graph breaks included, without generating code, and
 collects each graph's plan. Bytes are what the packed-weight store really holds; nothing is estimated that
-can be counted.
+can be counted. One graph may run for many layers, which are equal but for their weights: so its calls are
+counted, and whose weights each of them brought.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
-from rich.table import Table
-from rich.text import Text
 from torch import nn
 
 from qcompile import compat
@@ -25,138 +24,73 @@ from qcompile.backend import qcompile, watching
 from qcompile.errors import QCError
 from qcompile.options import Options
 from qcompile.passes.base import PassContext
+from qcompile.passes.detect.weights import parameter_path
 from qcompile.passes.rewrite.resolve import training_notes
+from qcompile.plan.explanation import Explanation, Row, coverage
+from qcompile.plan.names import names_of, owner_of
 from qcompile.plan.plan import Decision
 from qcompile.plan.recipe import PRESETS, Recipe, Rule
-from qcompile.plan.table import Printed, size_unit
-from qcompile.runtime.store import STORE, Entry
+from qcompile.runtime.store import SHARED, STORE, Entry
+
+__all__ = ["Explanation", "Row", "explain", "summarize"]
 
 
-@dataclass(frozen=True)
-class Row:
-    """One site of the ledger.
+@dataclass
+class _Calls:
+    """Calls of a graph with the same weights."""
 
-    Attributes:
-        graph: number of the graph (0 unless the model has graph breaks; -1 for what runs outside of all graphs).
-        kind: linear, head, embedding, bmm, conv, attention or "other" (an operator that reads a weight and is not
-            handled); "bias" for the joined biases of a merged matmul, "eager" for all contractions outside of every
-            graph.
-        path: module path of the weight.
-        source: the user's "file.py:line".
-        shape: `(m, n, k)` of the contraction; `m` is `None` when symbolic, n and k are 0 without a weight.
-        scheme: "weight scheme" or "weight scheme x activation scheme", "float" when not quantized.
-        kernel: the lowering.
-        flops: of the example input.
-        bytes_before: float bytes of the weight; 0 on rows that share another row's weight.
-        bytes_after: bytes the store holds for it; 0 likewise.
-        sqnr: weight signal-to-noise ratio in dB; `None` for float sites.
-        reason: why it stays float, or a remark.
-    """
-
-    graph: int
-    kind: str
-    path: str
-    source: str
-    shape: tuple[int | None, int, int]
-    scheme: str
-    kernel: str
-    flops: int
-    bytes_before: int
-    bytes_after: int
-    sqnr: float | None
-    reason: str
-
-    @property
-    def quantized(self) -> bool:
-        return self.scheme != "float"
+    values: Mapping[int, torch.Tensor] = field(default_factory=dict)  # by position; held, so that no id is used twice
+    count: int = 1
 
 
-@dataclass(frozen=True, repr=False)
-class Explanation(Printed):
-    """What `explain` returns; `print()` it, or read `.rows`.
+@dataclass
+class _Graph:
+    """A compiled graph, and the calls it served.
 
     Attributes:
-        rows: every site of every graph.
-        coverage: share of contraction FLOPs that run quantized, over all graphs (1.0 without contractions).
-        graphs: number of graphs (more than one means graph breaks).
-        unused_rules: rules of the recipe that matched no site of any graph.
-        notes: what concerns no single site, in words: remarks of passes, unused rules (with the nearest name), converted
-            weights that the recipe does not reach, a model that was in training mode.
+        ctx: what the passes decided.
+        sites: its decisions, each with the positions of the arguments that its weight is made of.
+        constants: joined biases, likewise.
+        calls: by the identities of these arguments. A graph that nobody counted is taken for one call, with the weights
+            that it was compiled for.
     """
 
-    rows: tuple[Row, ...]
-    coverage: float
-    graphs: int
-    recipe: str
-    unused_rules: tuple[str, ...]
-    notes: tuple[str, ...] = ()
+    ctx: PassContext
+    sites: list[tuple[Decision, tuple[int, ...]]]
+    constants: list[tuple[Entry, tuple[int, ...]]]
+    calls: dict[tuple[int, ...], _Calls] = field(default_factory=dict)
 
-    @property
-    def bytes_before(self) -> int:
-        return sum(row.bytes_before for row in self.rows)
+    @classmethod
+    def of(cls, ctx: PassContext, gm: torch.fx.GraphModule | None = None) -> _Graph:
+        """A graph of Dynamo after it was compiled; without `gm` nothing is known of weights that the store has not."""
+        position = {name: index for index, name in enumerate(ctx.inputs)}
+        roots = {id(item.entry): tuple(position[name] for name in item.roots) for item in ctx.packed}
+        by_path = _positions(gm, ctx) if gm is not None else {}
+        sites = [
+            (d, roots.get(id(d.entry), ()) if d.entry is not None else by_path.get(d.site.path, ())) for d in ctx.plan
+        ]
+        constants = {id(item.entry): item.entry for item in ctx.packed if item.entry.scheme is None}
+        return cls(ctx, sites, [(entry, roots[one]) for one, entry in constants.items()])
 
-    @property
-    def bytes_after(self) -> int:
-        return sum(row.bytes_after for row in self.rows)
-
-    def __iter__(self) -> Iterator[Row]:
-        return iter(self.rows)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values under the names of the attributes; an infinite `sqnr` is the text "inf"."""
-        values = asdict(self) | {"bytes_before": self.bytes_before, "bytes_after": self.bytes_after}
-        rows = values.pop("rows")
-        return values | {"rows": [row | {"sqnr": "inf"} if row["sqnr"] == math.inf else row for row in rows]}
-
-    def __rich__(self) -> RenderableType:
-        return _Sheet(self)
-
-    def title(self) -> str:
-        """The first line of the printed ledger."""
-        graphs = f"{self.graphs} graph(s)" if self.graphs else "no graph was compiled"
-        if not self.rows:
-            return f"recipe {self.recipe}: nothing to quantize, {graphs}"
-        unit, size_of = size_unit([size for row in self.rows for size in (row.bytes_before, row.bytes_after)])
-        return (
-            f"recipe {self.recipe}: {self.coverage:.1%} of contraction FLOPs quantized, "
-            f"{size_of(self.bytes_before)} {unit} -> {size_of(self.bytes_after)} {unit}, {graphs}"
-        )
-
-    def table(self, narrow: bool = False) -> Table:
-        """The sites; `narrow`: only the columns that say what happens to each, and why."""
-        unit, size_of = size_unit([size for row in self.rows for size in (row.bytes_before, row.bytes_after)])
-        table = Table(title=self.title(), title_justify="left")
-        names = ("site", "m x n x k", "scheme", "kernel", unit, "SQNR dB", "source", "reason")
-        shown = [name for name in names if not narrow or name in _NARROW]
-        for name in shown:
-            table.add_column(name, overflow="fold", justify="right" if name in (unit, "SQNR dB") else "left")
-        for row in self.rows:
-            m, n, k = row.shape
-            size = f"{'?' if m is None else m} x {n} x {k}" if n else ""
-            sqnr = "" if row.sqnr is None else "exact" if math.isinf(row.sqnr) else f"{row.sqnr:.1f}"
-            weight = f"{size_of(row.bytes_before)} -> {size_of(row.bytes_after)}" if row.bytes_after else ""
-            cells = (row.path or row.kind, size, row.scheme, row.kernel, weight, sqnr, row.source, row.reason)
-            values = dict(zip(names, cells, strict=True))
-            # Names of modules are no markup.
-            table.add_row(*(Text(values[name]) for name in shown), style="" if row.quantized else "yellow")
-        return table
+    def count(self, values: Sequence[Any]) -> None:
+        used = sorted({i for _, positions in (*self.sites, *self.constants) for i in positions})
+        calls = self.calls.setdefault(tuple(id(values[i]) for i in used), _Calls({i: values[i] for i in used}, 0))
+        calls.count += 1
 
 
-# All columns of the ledger are legible from this width on; fewer are shown on a narrower terminal.
-_WIDE = 120
-_NARROW = ("site", "scheme", "kernel", "reason")
-
-
-@dataclass(frozen=True)
-class _Sheet:
-    """An explanation, printed as wide as the console allows."""
-
-    found: Explanation
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        found = self.found
-        yield found.table(narrow=options.max_width < _WIDE) if found.rows else Text(found.title())
-        yield Group(*(Text(f"note: {note}") for note in found.notes))
+def _positions(gm: torch.fx.GraphModule, ctx: PassContext) -> dict[str, tuple[int, ...]]:
+    """Where the graph takes the weight of a path: one parameter, or the first of the packed tensors that stand for it."""
+    found: dict[str, list[int]] = {}
+    for index, (node, value) in enumerate(zip(gm.graph.find_nodes(op="placeholder"), ctx.inputs.values(), strict=True)):
+        if isinstance(value, torch.Tensor) and (path := parameter_path(node)):
+            found.setdefault(path, []).append(index)
+    values = list(ctx.inputs.values())
+    # Two parameters of one path belong to two modules that the frame knows by different names.
+    return {
+        path: tuple(places[:1])
+        for path, places in found.items()
+        if sum(isinstance(values[i], nn.Parameter) for i in places) < 2
+    }
 
 
 def explain(
@@ -175,7 +109,7 @@ def explain(
     that runs low-bit, and running the other one would move the statistics of its norms. Every module has its own mode
     again afterwards. The modules that a function calls keep theirs.
 
-    Weights are encoded to be measured; packed weights that no compiled graph uses are given back before it returns.
+    Weights are encoded to be measured; nothing of what only `explain` made stays behind.
 
     Raises:
         QCError: what the backend would raise for these inputs; with `strict` also "explain.eager" when contractions ran
@@ -186,37 +120,39 @@ def explain(
     name = Recipe.of(settings.recipe).name
     _check_keywords(compat.uncompiled(model), kwargs)
     eager = compat.EagerFlops()
-    with watching("float") as trace:
+    graphs: list[_Graph] = []
+    with STORE.unchanged(), watching("float") as trace:
 
         def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
             with eager.paused():
                 made = qcompile(gm, inputs, options=settings)
+            graph = None
+            if len(trace.contexts) > len(graphs):  # else it was refused, and raises when it is called
+                graphs.append(graph := _Graph.of(trace.contexts[-1], gm))
 
             def run(*values: Any) -> Any:
+                if graph is not None:
+                    graph.count(values)
                 with eager.paused():
                     return made(*values)
 
             return run
 
-        held = list(STORE)  # so that no id is used twice
-        known = set(map(id, held))
-        try:
-            original = compat.uncompiled(model)
-            with _evaluating(original) as notes, torch.no_grad():
-                with compat.unlimited_recompiles(), compat.eager_parts() as breaks, eager:
-                    run: Callable[..., Any] = torch.compile(_fresh(original), backend=backend)
-                    run(*args, **kwargs)
-                found = _with_eager_parts(summarize(trace.contexts), breaks, eager.total, settings.strict)
-                return replace(found, recipe=name, notes=(*found.notes, *notes))
-        finally:
-            STORE.drop_unused([entry for entry in STORE if id(entry) not in known])
+        original = compat.uncompiled(model)
+        with _evaluating(original) as notes, torch.no_grad():
+            with compat.unlimited_recompiles(), compat.eager_parts() as breaks, eager:
+                run: Callable[..., Any] = torch.compile(_fresh(original), backend=backend)
+                run(*args, **kwargs)
+            found = _summary(graphs, names_of(original, (*args, *kwargs.values())))
+        found = _with_eager_parts(found, breaks, eager, settings.strict)
+        return replace(found, recipe=name, notes=(*found.notes, *notes))
 
 
 @contextmanager
 def _evaluating(target: Any) -> Iterator[tuple[str, ...]]:
     """Every module of a module (or of the one whose method is given) in evaluation mode, without calling `train`, which
     some override to rewrite weights. Yields a note when one was not."""
-    owner = target if isinstance(target, nn.Module) else getattr(target, "__self__", None)
+    owner = owner_of(target)
     training = [module for module in owner.modules() if module.training] if isinstance(owner, nn.Module) else []
     for module in training:
         module.training = False
@@ -227,9 +163,9 @@ def _evaluating(target: Any) -> Iterator[tuple[str, ...]]:
             module.training = True
 
 
-def _with_eager_parts(found: Explanation, breaks: list[str], flops: int, strict: bool) -> Explanation:
+def _with_eager_parts(found: Explanation, breaks: list[str], eager: compat.EagerFlops, strict: bool) -> Explanation:
     """Add what ran outside of every graph, which `strict` refuses."""
-    why = "; ".join(breaks) or "Dynamo made no graph of it"
+    flops, why = eager.total, "; ".join(breaks) or "Dynamo made no graph of it"
     if flops and strict:
         raise QCError(
             "explain.eager",
@@ -242,8 +178,11 @@ def _with_eager_parts(found: Explanation, breaks: list[str], flops: int, strict:
     if flops:
         reason = f"ran in eager mode, outside every graph: {why}"
         rows += (Row(-1, "eager", "(eager)", "", (None, 0, 0), "float", "", flops, 0, 0, None, reason),)
-    notes = (*found.notes, *(f"graph break: {each}" for each in breaks))
-    return replace(found, rows=rows, coverage=_coverage(rows), notes=notes)
+    notes = [*found.notes, *(f"graph break: {each}" for each in breaks)]
+    if eager.uncounted:
+        which = ", ".join(eager.uncounted)
+        notes.append(f"not counted: {which} ran outside of every graph; if it contracts anything, coverage is less")
+    return replace(found, rows=rows, coverage=coverage(rows), notes=tuple(notes))
 
 
 def _check_keywords(target: Any, given: Mapping[str, Any]) -> None:
@@ -271,11 +210,6 @@ def _check_keywords(target: Any, given: Mapping[str, Any]) -> None:
 _OPTIONS = {item.name for item in fields(Options)} | {"mode"}
 
 
-def _coverage(rows: Sequence[Row]) -> float:
-    flops = sum(row.flops for row in rows)
-    return sum(row.flops for row in rows if row.quantized) / flops if flops else 1.0
-
-
 def _fresh(target: Callable[..., Any]) -> Callable[..., Any]:
     """`target` behind a code object of its own: Dynamo keeps compiled graphs, and counts them against its limit, by
     code object, and explaining a model must not use up what its user has."""
@@ -288,26 +222,72 @@ def _fresh(target: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def summarize(contexts: list[PassContext]) -> Explanation:
-    """The explanation of a list of compiled graphs."""
-    rows: list[Row] = []
+    """The explanation of a list of compiled graphs, each called once."""
+    return _summary([_Graph.of(ctx) for ctx in contexts], {})
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A row, and the decision it shows."""
+
+    row: Row
+    decision: Decision | None = None
+
+
+def _summary(graphs: list[_Graph], names: Mapping[int, Sequence[str]]) -> Explanation:
+    contexts = [graph.ctx for graph in graphs]
     counted: set[object] = set()
-    for number, ctx in enumerate(contexts):
-        for decision in ctx.plan:
-            # A weight that was given up (`convert`) has no entry: its module path names it in every graph.
-            key = id(decision.entry) if decision.entry is not None else (decision.site.path, decision.bytes_after)
-            rows.append(_row(number, decision, key not in counted))
-            if decision.bytes_after:
-                counted.add(key)
-        for item in ctx.packed:
-            if item.entry.scheme is None and id(item.entry) not in counted:
-                counted.add(id(item.entry))
-                rows.append(_constant(number, item.entry))
+    lines = [line for number, graph in enumerate(graphs) for line in _lines(number, graph, names, counted)]
     unused = _unused(contexts)
     name = contexts[0].recipe.name if contexts else ""
-    return Explanation(tuple(rows), _coverage(rows), len(contexts), name, tuple(unused), _notes(contexts, unused))
+    rows = tuple(line.row for line in lines)
+    notes = _notes(contexts, unused, lines)
+    return Explanation(rows, coverage(rows), len(contexts), name, tuple(unused), notes)
 
 
-def _notes(contexts: list[PassContext], unused: dict[str, Rule]) -> tuple[str, ...]:
+def _lines(number: int, graph: _Graph, names: Mapping[int, Sequence[str]], counted: set[object]) -> Iterator[_Line]:
+    """The sites of a graph: for every weight that it was called with, in order of first calls."""
+    found: dict[tuple[int, ...], tuple[Decision, list[torch.Tensor], int]] = {}
+    joined: dict[tuple[int, ...], Entry] = {}
+    for calls in graph.calls.values() or (_Calls(),):
+        for index, (decision, positions) in enumerate(graph.sites):
+            values = [calls.values[i] for i in positions if calls.values]
+            key = (index, *map(id, values))
+            found[key] = (decision, values, found[key][2] + calls.count if key in found else calls.count)
+        for index, (constant, positions) in enumerate(graph.constants):
+            values = [calls.values[i] for i in positions if calls.values]
+            joined[(index, *map(id, values))] = _entry(constant, values)
+    for decision, values, count in found.values():
+        entry = None if decision.entry is None else _entry(decision.entry, values)
+        # A weight that was given up (`convert`) has no entry: its packed tensors name it, or its module path.
+        given = (id(values[0]) if values else decision.site.path, decision.bytes_after)
+        holder: object = given if entry is None else id(entry)
+        path, fresh = _path(decision, values, names), holder not in counted
+        yield _Line(_row(number, decision, entry, fresh, count, path), decision)
+        if decision.bytes_after:
+            counted.add(holder)
+    for one in joined.values():
+        if id(one) not in counted:
+            counted.add(id(one))
+            yield _Line(_constant(number, one))
+
+
+def _entry(entry: Entry, values: Sequence[torch.Tensor]) -> Entry:
+    """What the graph that was compiled for `entry` reads when it is called with these parameters. What they lose is told in
+    a note, not in a warning about compiled code."""
+    return STORE.entry(values, replace(entry.encoding, min_sqnr=-math.inf)) if values else entry
+
+
+def _path(decision: Decision, values: Sequence[torch.Tensor], names: Mapping[int, Sequence[str]]) -> str:
+    """The path of a weight in the model that was explained; Dynamo knows it from the frame that a graph begins in."""
+    path = decision.site.path
+    known = names.get(id(values[0]), ()) if values else ()
+    if not known or path in known:
+        return path
+    return next((name for name in known if name.endswith(f".{path}")), known[0])
+
+
+def _notes(contexts: list[PassContext], unused: dict[str, Rule], lines: Sequence[_Line]) -> tuple[str, ...]:
     """Remarks of all graphs, each once; weights that stay float for one common reason are counted."""
     notes: dict[str, None] = {}
     for number, ctx in enumerate(contexts):
@@ -320,8 +300,38 @@ def _notes(contexts: list[PassContext], unused: dict[str, Rule]) -> tuple[str, .
             notes[where + overruled] = None
     paths = {decision.site.path: None for ctx in contexts for decision in ctx.plan}
     for text, rule in unused.items():
-        notes[f"this rule of the recipe matched no site: {text}{rule.hint(paths)}"] = None
+        hint = _in_its_frame(rule, lines) or rule.hint(paths)
+        notes[f"this rule of the recipe matched no site: {text}{hint}"] = None
+    if missed := _missed(lines):
+        notes[missed] = None
     return tuple(notes)
+
+
+def _in_its_frame(rule: Rule, lines: Sequence[_Line]) -> str:
+    """Why a rule with a path of the model matched nothing behind a graph break, or ""."""
+    for line in lines:
+        seen = line.decision.site.path if line.decision is not None else line.row.path
+        if seen != line.row.path and fnmatch.fnmatchcase(line.row.path, rule.path):
+            return (
+                f"; behind a graph break rules match the path inside the frame, and {line.row.path!r} is {seen!r} there"
+            )
+    return ""
+
+
+def _missed(lines: Sequence[_Line]) -> str:
+    """One sentence about weights that keep less than the `min_sqnr` for whose sake their scheme was chosen, or ""."""
+    found = [
+        (line.row, line.decision.min_sqnr)
+        for line in lines
+        if line.decision is not None and line.row.sqnr is not None and line.row.sqnr < line.decision.min_sqnr
+    ]
+    if not found:
+        return ""
+    row, wanted = found[0]
+    return (
+        f"{len(found)} weights keep less than the recipe asks for ({row.path}: {row.scheme} keeps {row.sqnr:.1f} dB, not "
+        f"{wanted:g}). The scheme was chosen for other values: {SHARED}"
+    )
 
 
 def _constant(graph: int, entry: Entry) -> Row:
@@ -331,7 +341,7 @@ def _constant(graph: int, entry: Entry) -> Row:
     return Row(graph, "bias", where, "", (None, 0, 0), "float", "", 0, 0, size, None, reason)
 
 
-def _row(graph: int, decision: Decision, fresh: bool) -> Row:
+def _row(graph: int, decision: Decision, entry: Entry | None, fresh: bool, calls: int, path: str) -> Row:
     site = decision.site
     scheme = "float"
     if decision.weight is not None:
@@ -339,16 +349,17 @@ def _row(graph: int, decision: Decision, fresh: bool) -> Row:
     return Row(
         graph,
         site.kind,
-        site.path,
+        path,
         site.source,
         (site.m, site.n, site.k),
         scheme,
         decision.kernel,
-        site.flops,
+        site.flops * calls,
         decision.bytes_before if fresh else 0,
         decision.bytes_after if fresh else 0,
-        decision.entry.sqnr_db() if decision.entry is not None else None,
+        entry.sqnr_db() if entry is not None else None,
         decision.reason,
+        calls,
     )
 
 

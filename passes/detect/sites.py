@@ -14,9 +14,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx
+from torch.utils.weak import WeakIdKeyDictionary
 
 from qcompile.passes.base import Pass, PassContext
 from qcompile.passes.detect.canonicalize import canonicalize, einsum_terms
+from qcompile.passes.detect.tables import drop_packed_before, warn_packed_before
 from qcompile.passes.detect.unhandled import elements, keeps_apart, matrices_read, rows_read
 from qcompile.passes.detect.weights import (
     Weight,
@@ -68,7 +70,10 @@ class Detect(Pass):
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> None:
         recorded = recording(gm.graph, ctx.training)
         ctx.training = ctx.training or bool(recorded)
-        _enter(_Scope.of(gm.graph, ctx.inputs, recorded, ctx))
+        # A recipe that packs nothing leaves no trace on the parameters, not even a weak reference.
+        packs = any(rule.weight is not None for rule in ctx.recipe.rules)
+        tables = ctx.store.tables if packs else WeakIdKeyDictionary()
+        _enter(_Scope.of(gm.graph, ctx.inputs, recorded, ctx, tables))
         if all(decision.site.kind == "embedding" for decision in ctx.plan) and NO_CONTRACTION not in ctx.plan.notes:
             ctx.plan.notes.append(NO_CONTRACTION)
 
@@ -83,6 +88,7 @@ class _Scope:
         recorded: nodes that run while autograd records.
         transformed: nodes inside a transform of `torch.func`.
         inputs: real parameters by the names of their placeholders.
+        tables: tensors that embeddings read, see `Store.tables`.
         refused: why nothing in this graph can be quantized, "" when something can.
     """
 
@@ -93,18 +99,28 @@ class _Scope:
     transformed: set[fx.Node]
     inputs: Mapping[str, Any]
     ctx: PassContext
+    tables: WeakIdKeyDictionary
     refused: str = ""
 
     @classmethod
     def of(
-        cls, graph: fx.Graph, inputs: Mapping[str, Any], recorded: set[fx.Node], ctx: PassContext, refused: str = ""
+        cls,
+        graph: fx.Graph,
+        inputs: Mapping[str, Any],
+        recorded: set[fx.Node],
+        ctx: PassContext,
+        tables: WeakIdKeyDictionary,
+        refused: str = "",
     ) -> _Scope:
         constants = constant_nodes(graph, inputs)
         roots = parameter_roots(graph, inputs)
-        scope = cls(graph, constants, roots, recorded, transformed(graph), inputs, ctx, refused)
+        scope = cls(graph, constants, roots, recorded, transformed(graph), inputs, ctx, tables, refused)
         for node in graph.nodes:
             if op_name(node) == "embedding" and (table := weight_of(argument(node, 1, "weight"), constants)):
-                ctx.store.tables.update(dict.fromkeys(scope.tensors(table)))
+                tensors = scope.tensors(table)
+                if any(tensor not in tables for tensor in tensors):
+                    tables.update(dict.fromkeys(tensors))
+                    warn_packed_before(_embedding(0, node, scope), tensors, ctx)
         return scope
 
     def tensors(self, weight: Weight) -> list[torch.Tensor]:
@@ -117,7 +133,7 @@ class _Scope:
     def looked_up(self, weight: Weight) -> bool:
         """Whether an embedding reads the same tensors: here, or in a graph that was compiled before."""
         tensors = self.tensors(weight)
-        return bool(tensors) and all(tensor in self.ctx.store.tables for tensor in tensors)
+        return bool(tensors) and all(tensor in self.tables for tensor in tensors)
 
 
 def _enter(scope: _Scope) -> None:
@@ -155,7 +171,7 @@ def _inside(body: fx.GraphModule, operands: Mapping[fx.Node, Any], node: fx.Node
     where = _SPELLED.get(name, f"torch.ops.higher_order.{name}")
     when = "while autograd records" if node in around.recorded else "yet"
     reason = around.refused or f"inside {where}: not handled {when}"
-    return _Scope.of(inner.graph, inputs, set(), around.ctx, reason)
+    return _Scope.of(inner.graph, inputs, set(), around.ctx, around.tables, reason)
 
 
 _STAND_IN = torch.nn.Parameter(torch.empty(0), requires_grad=False)  # for packed weights, which are no parameters
@@ -185,7 +201,7 @@ def _linear(index: int, node: fx.Node, scope: _Scope) -> Site:
     kind = node.meta.get("qcompile_kind") or "linear"
     if weight is not None and kind == "linear" and (is_head(n, k) or scope.looked_up(weight)):
         kind = "head"
-    return Site(
+    site = Site(
         index,
         kind,
         weight.path if weight else _path(w, scope),
@@ -197,14 +213,30 @@ def _linear(index: int, node: fx.Node, scope: _Scope) -> Site:
         _dtype(x),
         _dtype(w),
         bias=bias is not None,
-        refused=_refusal(weight, w, node, scope),
+        refused=_refusal(weight, w, node, scope) or _mixed(x, w, scope),
     )
+    if kind == "head" and weight is not None:
+        drop_packed_before(site, scope.tensors(weight), scope.ctx)
+    return site
 
 
 def _path(operand: Any, scope: _Scope) -> str:
     """Path of a parameter behind an operand that is no weight, "" when there is none."""
     root = scope.roots.get(operand)
-    return "" if root is None else root_path(root)
+    if root is not None:
+        return root_path(root)
+    behind = buffers_behind(operand, scope.roots) if isinstance(operand, fx.Node) else []
+    return parameter_path(behind[0]) if behind else ""
+
+
+def _mixed(x: Any, w: Any, scope: _Scope) -> str:
+    """Why torch itself would refuse to multiply, "" when it would not: autocast makes dtypes equal, nothing else does."""
+    value = value_of(x)
+    if value is None or _dtype(x) == _dtype(w) or torch.is_autocast_enabled(value.device.type):
+        return ""
+    if any(op_name(node) == "_enter_autocast" for node in scope.graph.nodes):
+        return ""
+    return f"the input has dtype {_dtype(x)}, the weight {_dtype(w)}: torch does not multiply them outside of autocast"
 
 
 def _embedding(index: int, node: fx.Node, scope: _Scope) -> Site:
@@ -278,11 +310,20 @@ def _product(index: int, node: fx.Node, scope: _Scope) -> Site:
             argument(node, 1 if "add" in op_name(node) else 0, "mat1" if "add" in op_name(node) else "input")
         )
         flops = 2 * out * (hint(left[-1]) or 0 if left else 0)
-    weights = [n for n in node.all_input_nodes if n in scope.roots]
+    # What is only added is no factor: `addmm(bias, q, k)` multiplies two activations.
+    added = argument(node, 0, "input") if "add" in op_name(node) else None
+    both = (
+        argument(node, 1, "mat1"),
+        argument(node, 2, "mat2"),
+        argument(node, 1, "batch1"),
+        argument(node, 2, "batch2"),
+    )
+    factors = [n for n in node.all_input_nodes if n is not added or n in both]
+    weights = [n for n in factors if n in scope.roots]
     if scope.refused:
         return _float_site(index, "bmm", node, flops, scope.refused)
     if not weights:
-        kept = [behind[0] for n in node.all_input_nodes if (behind := buffers_behind(n, scope.roots))]
+        kept = [behind[0] for n in factors if (behind := buffers_behind(n, scope.roots))]
         reason = "the weight operand is a buffer; only parameters are quantized" if kept else _BOTH_ACTIVATIONS
         return _float_site(index, "bmm", node, flops, reason, parameter_path(kept[0]) if kept else "")
     made = [n for n in weights if n not in scope.constants]

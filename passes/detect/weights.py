@@ -8,6 +8,7 @@ every node that is a pure function of parameters, and turns the ones that end as
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -53,18 +54,19 @@ def is_decode(node: fx.Node) -> bool:
 
 
 # A step of a source such as L['self']._modules['a.b'].weight or L['layers'][0]: a key in quotes, an index, a name.
-_KEY = re.compile(r"""\['((?:[^'\\]|\\.)*)'\]|\["((?:[^"\\]|\\.)*)"\]|(?:\[|\.)(\w+)\]?""")
+_KEY = re.compile(r"""\[('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")\]|(?:\[|\.)(\w+)\]?""")
 _REGISTRIES = ("_modules", "_parameters", "_buffers")
+_ORIGINAL = re.compile(r"original\d*")  # what torch calls the tensors behind a parametrized one
 
 
 def parameter_path(node: fx.Node) -> str:
     """Module path of a parameter placeholder: "model.layers.0.mlp.up_proj.weight"."""
     found = _KEY.findall(compat.placeholder_source(node))
-    keys = [single or double or bare for single, double, bare in found if bare not in _REGISTRIES]
+    keys = [ast.literal_eval(quoted) if quoted else bare for quoted, bare in found if bare not in _REGISTRIES]
     # The first key names the module inside the compiled frame ("self", "model"), not a part of its path.
     keys = keys[1:] if len(keys) > 1 else keys
     # What stands behind a parametrized weight is that weight to whoever writes a rule.
-    if keys[-3:-2] == ["parametrizations"]:
+    if keys[-3:-2] == ["parametrizations"] and _ORIGINAL.fullmatch(keys[-1]):
         keys = [*keys[:-3], keys[-2]]
     return ".".join(keys)
 
@@ -171,6 +173,26 @@ def buffers_behind(node: fx.Node, roots: Mapping[fx.Node, fx.Node]) -> list[fx.N
     """
     inputs = [n for n in ancestors(node) if n.op == "placeholder" and n not in roots]
     return inputs if all("_buffers[" in compat.placeholder_source(n) for n in inputs) else []
+
+
+def buffer_nodes(graph: fx.Graph, roots: Mapping[fx.Node, fx.Node]) -> set[fx.Node]:
+    """Nodes that are functions of buffers, and maybe of parameters, but of nothing else. A buffer that the graph writes to
+    is no part of it: it holds activations.
+
+    Args:
+        roots: `parameter_roots` of the graph.
+    """
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            if node not in roots and "_buffers[" in compat.placeholder_source(node):
+                found.add(node)
+            continue
+        operands = [n for n in node.all_input_nodes if not isinstance(value_of(n), _NUMBERS)]
+        fixed = all(n in found or n in roots for n in operands)
+        if node.op != "output" and fixed and any(n in found for n in operands):
+            found.add(node)
+    return found - _written(graph, found)
 
 
 def weight_of(node: Any, constants: set[fx.Node]) -> Weight | None:

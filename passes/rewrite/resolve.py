@@ -6,6 +6,7 @@ at this graph's number of rows; `memory` packs whatever can be packed; `accuracy
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import ClassVar
 
@@ -18,8 +19,17 @@ from qcompile.ir.matmul import MatmulSpec
 from qcompile.ir.packing import BLOCK
 from qcompile.ir.scheme import Scheme
 from qcompile.passes.base import Pass, PassContext, node_device
+from qcompile.passes.detect.canonicalize import canonicalize
 from qcompile.passes.detect.sites import SITE
-from qcompile.passes.detect.weights import Weight, constant_nodes, weight_of
+from qcompile.passes.detect.unhandled import elements
+from qcompile.passes.detect.weights import (
+    Weight,
+    buffer_nodes,
+    constant_nodes,
+    parameter_roots,
+    weight_of,
+    why_not_constant,
+)
 from qcompile.passes.match import argument, shape_of
 from qcompile.plan.plan import Decision, Plan
 from qcompile.plan.recipe import Choice
@@ -43,9 +53,11 @@ class Resolve(Pass):
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> None:
         constants = constant_nodes(gm.graph, ctx.inputs)
         choices: list[Choice] = []
-        for decision in list(ctx.plan):  # some of these lie in graphs inside this one
+        linears = _linears_of_buffers(gm.graph, ctx) if ctx.options.strict else {}
+        for index, decision in list(ctx.plan.decisions.items()):  # some of these lie in graphs inside this one
             if decision.site.refused:
-                _refuse(ctx, decision.site, decision.site.refused)
+                site = linears.get(index, decision.site)
+                _refuse(ctx, site, site.refused)
         for node in gm.graph.nodes:
             index = node.meta.get(SITE)
             if index is None or ctx.plan.decisions[index].site.refused:
@@ -101,12 +113,35 @@ def _choose(ctx: PassContext, site: Site, weight: Weight) -> Choice:
         raise error.at(site.path or site.source) from error
 
 
+def _linears_of_buffers(graph: fx.Graph, ctx: PassContext) -> dict[int, Site]:
+    """Refused contractions that would be a linear if the buffers in them were parameters, described as `F.linear` with
+    that buffer is: `x @ buffer` is refused exactly where it is, with the same words."""
+    products = (decision.site for decision in ctx.plan if decision.site.kind in ("bmm", "other"))
+    sites = {site.index: site for site in products if site.refused}
+    roots = parameter_roots(graph, ctx.inputs)
+    buffers = buffer_nodes(graph, roots) if sites else set()
+    if not any(node.meta.get(SITE) in sites and buffers.intersection(node.all_input_nodes) for node in graph.nodes):
+        return {}
+    trial = copy.deepcopy(graph)
+    twins = dict(zip(graph.nodes, trial.nodes, strict=True))
+    canonicalize(trial, {twins[node] for node in (*buffers, *roots)})
+    left, found = set(trial.nodes), {}
+    for node, twin in twins.items():
+        index, operands = node.meta.get(SITE), buffers.intersection(node.all_input_nodes)
+        if index in sites and operands and twin not in left:
+            weight = max(operands, key=elements)
+            why = why_not_constant(weight, roots)
+            found[index] = replace(sites[index], kind="linear", n=elements(weight), k=1, refused=why)
+    return found
+
+
 def _refuse(ctx: PassContext, site: Site, reason: str) -> None:
     ctx.plan.update(site.index, reason=reason)
     contracts = site.kind == "other" and site.flops != 0
     # What a rule keeps float may be refused.
     asked = ctx.recipe.resolve(replace(site, kind="linear") if contracts else site).weight is not None
-    if ctx.options.strict and asked and (site.kind in ("linear", "head", "embedding") or contracts):
+    stacked = site.kind == "bmm" and site.n > 0  # a product of two activations has no n
+    if ctx.options.strict and asked and (site.kind in ("linear", "head", "embedding") or contracts or stacked):
         raise QCError(
             "site.refused",
             f"{site.kind} site cannot be quantized",

@@ -21,12 +21,11 @@ from qcompile.errors import QCError, suggest
 from qcompile.ir.codec import dequantize, quantize
 from qcompile.ir.fit import FITS, why_unfit
 from qcompile.ir.granularity import PerGroup, PerToken
+from qcompile.ir.noise import ratio_db
 from qcompile.ir.scheme import Scheme
+from qcompile.plan.recipe_json import FIELDS, FILE, KEYS, VERSION, checked, plain, read, shown
 from qcompile.plan.site import KINDS, Site
 
-VERSION = 1
-_KEYS = ("version", "name", "rules")
-_FILE = f'a recipe file is {{"version": {VERSION}, "name": ..., "rules": [...]}}'
 _MATMULS = ("linear", "head", "bmm")
 _WEIGHTS = (*_MATMULS, "embedding")
 _NEAR = 0.8  # a whole path this much like a glob is a fair guess; below, a common ".weight" is most of the likeness
@@ -34,7 +33,8 @@ _NEAR = 0.8  # a whole path this much like a glob is a fair guess; below, a comm
 
 @dataclass(frozen=True)
 class Rule:
-    """Matchers, then settings. Schemes may be given as their spellings, one kind as a string.
+    """Matchers, then settings. Schemes may be given as their spellings, one kind as a string. Raises `QCError`
+    ("recipe.rule" for a value of another type) naming the field.
 
     Attributes:
         weight: weight scheme, or `None` to keep the site float.
@@ -56,11 +56,8 @@ class Rule:
     fit: str = "minmax"
 
     def __post_init__(self) -> None:
-        for name in ("weight", "act"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, Scheme.of(getattr(self, name)))
-        if isinstance(self.kind, str):
-            object.__setattr__(self, "kind", (self.kind,))
+        for name in FIELDS:
+            object.__setattr__(self, name, checked(name, getattr(self, name)))
         weight = self.weight
         _check_act(self.act)
         if weight is not None and weight.format.kind == "int" and not weight.format.signed and weight.symmetric:
@@ -75,14 +72,14 @@ class Rule:
             raise QCError("recipe.fit", f"unknown fit {self.fit!r}{found}", next=f"use {', '.join(FITS)}")
         if weight is not None and (why := why_unfit(self.fit, weight)):
             raise QCError("recipe.fit", f"no fit {self.fit!r} for {weight}", why=why, next="use fit='minmax'")
-        for kind in self.kind:
+        for kind in self.kind or ("",):
             if kind not in _WEIGHTS:
                 known = kind in KINDS
                 raise QCError(
                     "recipe.kind",
                     f"no rule can match sites of kind {kind!r}"
                     if known
-                    else f"unknown kind {kind!r}{_near(kind, _WEIGHTS)}",
+                    else f"unknown kind {shown(kind)}{_near(kind, _WEIGHTS)}",
                     why="they stay float under every recipe" if known else "",
                     next=f"use {', '.join(_WEIGHTS)}",
                 )
@@ -110,32 +107,25 @@ class Rule:
         return _near_part(name, paths)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; defaults are left out."""
+        """Plain JSON values; defaults are left out. An infinite `min_sqnr` is the text "inf"."""
         default = Rule(None)
         items = {f.name: getattr(self, f.name) for f in fields(self)}
         short = {k: v for k, v in items.items() if k == "weight" or v != getattr(default, k)}
-        return {
-            k: str(v) if isinstance(v, Scheme) else list(v) if isinstance(v, tuple) else v for k, v in short.items()
-        }
+        return {k: plain(v) for k, v in short.items()}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Rule:
-        """Read what `to_json` wrote; `kind` may be one string. Raises `QCError` ("recipe.rule") on unknown keys."""
-        names = [f.name for f in fields(Rule)]
+        """Read what `to_json` wrote; `kind` may be one string. Raises `QCError` ("recipe.rule") on unknown keys and on
+        values of another type."""
+        names = list(FIELDS)
         if not isinstance(data, Mapping):
             raise QCError(
                 "recipe.rule", f"a rule cannot be a JSON {type(data).__name__}", next='write {"weight": "int8/g64"}'
             )
         for key in data:
             if key not in names:
-                raise QCError("recipe.rule", f"unknown key {key!r} in a rule{suggest(key, names)}", next=f"use {names}")
-        values = dict(data)
-        for key in ("weight", "act"):
-            values[key] = Scheme.parse(values[key]) if values.get(key) else None
-        if "kind" in values:
-            kind = values["kind"]
-            values["kind"] = tuple(kind) if isinstance(kind, list | tuple) else (kind,)
-        return Rule(**values)
+                raise QCError("recipe.rule", f"unknown key {key!r} in a rule{_near(key, names)}", next=f"use {names}")
+        return Rule(**{"weight": None, **data})
 
 
 @dataclass(frozen=True)
@@ -153,10 +143,30 @@ class Choice:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Ordered rules with a name. `Recipe.of` accepts everything a user may pass as `recipe=`."""
+    """Ordered rules with a name. `Recipe.of` accepts everything a user may pass as `recipe=`. Raises `QCError`
+    ("recipe.rules", "recipe.name") for values of another type."""
 
     rules: tuple[Rule, ...]
     name: str = "custom"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rules, tuple | list):
+            raise QCError(
+                "recipe.rules", f"rules cannot be {shown(self.rules)}", next="give a tuple: Recipe((Rule('int8/g64'),))"
+            )
+        for index, rule in enumerate(self.rules):
+            if not isinstance(rule, Rule):
+                raise QCError(
+                    "recipe.rules",
+                    f"a rule cannot be {shown(rule)}",
+                    where=f"rule {index}",
+                    next="make it with Rule(...) or Rule.from_json({...})",
+                )
+        if not isinstance(self.name, str):
+            raise QCError(
+                "recipe.name", f"the name of a recipe cannot be {shown(self.name)}", where="name", next="give it text"
+            )
+        object.__setattr__(self, "rules", tuple(self.rules))
 
     def resolve(
         self, site: Site, weight: Callable[[], torch.Tensor] | None = None, packed: Scheme | None = None
@@ -174,7 +184,7 @@ class Recipe:
                 continue
             if rule.weight is not None and rule.min_sqnr > -math.inf and weight is not None:
                 found = sqnr_db(weight(), rule.weight)
-                if found < rule.min_sqnr:
+                if not found >= rule.min_sqnr:  # what cannot be compared is not enough
                     passed_over = f"{rule.weight} keeps only {found:.1f} dB here, the recipe asks for {rule.min_sqnr:g}"
                     continue
             act = rule.act if site.kind in _MATMULS else None
@@ -203,23 +213,31 @@ class Recipe:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Recipe:
-        """Read what `to_json` wrote. Raises `QCError` for another version or unknown keys."""
+        """Read what `to_json` wrote. Raises `QCError` for another version, unknown keys or values of another type, naming
+        the rule by its place in the list, from 0."""
         if not isinstance(data, Mapping):
-            raise QCError("recipe.version", f"a recipe cannot be a JSON {type(data).__name__}", next=_FILE)
-        if data.get("version") != VERSION or not isinstance(data.get("rules"), list):
+            raise QCError("recipe.version", f"a recipe cannot be a JSON {type(data).__name__}", next=FILE)
+        version, given = data.get("version"), data.get("rules")
+        if type(version) is not int or version != VERSION or not isinstance(given, list):
             raise QCError(
                 "recipe.version",
-                f"recipe has version {data.get('version')!r} and {type(data.get('rules')).__name__} rules",
-                next=_FILE,
+                f"recipe has version {shown(version)} and {type(given).__name__} rules",
+                next=FILE,
             )
         for key in data:
-            if key not in _KEYS:
-                raise QCError("recipe.file", f"unknown key {key!r} in a recipe{suggest(str(key), _KEYS)}", next=_FILE)
-        return Recipe(tuple(Rule.from_json(rule) for rule in data["rules"]), str(data.get("name", "custom")))
+            if key not in KEYS:
+                raise QCError("recipe.file", f"unknown key {key!r} in a recipe{_near(key, KEYS)}", next=FILE)
+        rules = []
+        for index, rule in enumerate(given):
+            try:
+                rules.append(Rule.from_json(rule))
+            except QCError as error:
+                raise error.at(f"rule {index}") from error
+        return Recipe(tuple(rules), data.get("name", "custom"))
 
     def fingerprint(self) -> str:
         """Text that is equal exactly when the rules are."""
-        return json.dumps(self.to_json(), sort_keys=True)
+        return json.dumps(self.to_json(), sort_keys=True, allow_nan=False)
 
     @staticmethod
     def of(value: Any) -> Recipe:
@@ -280,21 +298,15 @@ def sqnr_db(weight: torch.Tensor, scheme: Scheme) -> float:
     wide = weight.detach().to(torch.float32)
     if not bool(torch.isfinite(wide).all()):
         return -math.inf
-    error = dequantize(quantize(wide, scheme), scheme, *wide.shape) - wide
-    signal, noise = float(wide.square().sum()), float(error.square().sum())
-    return math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal else -math.inf
+    return ratio_db(dequantize(quantize(wide, scheme), scheme, *wide.shape), wide)
 
 
 def _from_file(path: Path) -> Recipe:
+    data = read(path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise QCError("recipe.file", f"cannot read recipe {path}", why=str(error), next="check the path") from error
-    except ValueError as error:  # broken syntax, or bytes that are no text
-        raise QCError(
-            "recipe.file", f"{path} is not a JSON file", why=str(error), next=f"mend it there; {_FILE}"
-        ) from error
-    return Recipe.from_json(data)
+        return Recipe.from_json(data)
+    except QCError as error:
+        raise error.at(str(path)) from error
 
 
 def _near(name: object, choices: Iterable[str]) -> str:

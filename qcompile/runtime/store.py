@@ -27,6 +27,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from qcompile.errors import QCError, warn
 from qcompile.ir.codec import clamped, dequantize, quantize
+from qcompile.ir.noise import ratio_db
 from qcompile.ir.packing import packed_parts
 from qcompile.ir.scheme import Scheme
 
@@ -104,20 +105,23 @@ class Entry:
         error: why there is nothing in the parts yet; whoever asks for the entry again gets it raised.
         users: the compiled graphs that read it, as long as they live.
         uncounted: whether some parameter was made under inference_mode, so that writes to it cannot be seen.
+        chosen: whether some compile chose the scheme for this very weight; else it got that of a weight whose code it runs.
     """
 
     def __init__(self, roots: Sequence[torch.Tensor], encoding: Encoding, *, later: bool = False) -> None:
         self.encoding = encoding
-        self.min_sqnr = encoding.min_sqnr
         self.shape: tuple[int, ...] = ()
         self.parts: list[torch.Tensor] = []
         self.encodes = 0
         self.error: QCError | None = None
         self.users: weakref.WeakSet[User] = weakref.WeakSet()
         self.uncounted = any(root.is_inference() for root in roots)
+        self.chosen = False
         self._roots = [weakref.ref(root) for root in roots]
         self._seen: tuple[Stamp, ...] = ()
-        self._warned = False
+        # Encodings whose `min_sqnr` the weight keeps as it is now, and those whose users were told that it does not.
+        self._kept: weakref.WeakSet[Encoding] = weakref.WeakSet()
+        self._told: weakref.WeakSet[Encoding] = weakref.WeakSet()
         self.encode(roots, later=later)
 
     @property
@@ -165,28 +169,24 @@ class Entry:
                 self.parts = fresh
             self.shape, self._seen, self.error = tuple(weight.shape), seen, failed
             self.encodes += failed is None
+            self._kept.clear()
         if self.error is None and self.scheme is not None:
             warn_clamped(self.parts, self.scheme, self.shape[0], self.expression.where)
-            self.check_sqnr()
 
-    def want_sqnr(self, decibels: float) -> None:
-        """Another graph chose the scheme for the sake of a higher ratio."""
-        if decibels > self.min_sqnr:
-            self.min_sqnr = decibels
-            self.check_sqnr()
-
-    def check_sqnr(self) -> None:
-        """Warn, once, when the weight that is packed now is not one for which the scheme would have been chosen."""
-        if self.min_sqnr == -math.inf or self._warned or self.error is not None:
+    def check_sqnr(self, encoding: Encoding) -> None:
+        """Warn when the weight that is packed now is not one for which its scheme would have been chosen: once for each
+        encoding that asks, which is one for each graph that is compiled."""
+        if encoding.min_sqnr == -math.inf or encoding in self._kept or encoding in self._told or self.error is not None:
             return
         found = self.sqnr_db()
-        if found is not None and found < self.min_sqnr:
-            self._warned = True
-            warn(
-                f"{self.expression.where}: {self.scheme} keeps only {found:.1f} dB of this weight, the recipe asks for "
-                f"{self.min_sqnr:g}. The scheme was chosen for other values, and compiled code keeps it: call "
-                "torch.compiler.reset() and compile again."
-            )
+        if found is None or found >= encoding.min_sqnr:
+            self._kept.add(encoding)
+            return
+        self._told.add(encoding)
+        what = f"{self.scheme} keeps only {found:.1f} dB of this weight, the recipe asks for {encoding.min_sqnr:g}"
+        why = "The scheme was chosen for other values, and compiled code keeps it"
+        advice = "call torch.compiler.reset() and compile again." if self.chosen else SHARED
+        warn(f"{self.expression.where}: {what}. {why}: {advice}")
 
     @property
     def nbytes(self) -> int:
@@ -205,10 +205,14 @@ class Entry:
         if self.scheme is None or any(root is None for root in roots):
             return None
         with torch.no_grad():
-            weight = self.expression.evaluate(*(r.detach() for r in roots if r is not None)).to(torch.float32)
-            noise = float((self.decoded() - weight).square().sum())
-            signal = float(weight.square().sum())
-        return math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal else -math.inf
+            weight = self.expression.evaluate(*(r.detach() for r in roots if r is not None))
+            return ratio_db(self.decoded(), weight)
+
+
+SHARED = (
+    "they were another layer's, which runs the same code (behind a graph break, or layers compiled one by one), so a reset "
+    "changes nothing. Compile the model without the break, or name a scheme for these layers in a rule without min_sqnr."
+)
 
 
 def warn_clamped(parts: Sequence[torch.Tensor], scheme: Scheme, n: int, where: str) -> None:
@@ -233,6 +237,7 @@ class _Root:
 
     keys: set[Key] = field(default_factory=set)
     storage: weakref.ref[torch.UntypedStorage] | None = None
+    death: weakref.finalize[..., torch.Tensor] | None = None
 
 
 class Store:
@@ -245,7 +250,8 @@ class Store:
 
     Attributes:
         tables: tensors that embeddings read, of all graphs so far: a linear layer that shares one is a head, also where a
-            graph break lies between the two.
+            graph break lies between the two. They survive `torch.compiler.reset()`, so that what was met too late the first
+            time is known the second.
     """
 
     def __init__(self) -> None:
@@ -254,6 +260,7 @@ class Store:
         self._entries: dict[Key, Entry] = {}
         self._roots: dict[int, _Root] = {}
         self.tables = WeakIdKeyDictionary()
+        self._visitors = 0
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(list(self._entries.values()))
@@ -270,19 +277,25 @@ class Store:
         key = (tuple(map(id, roots)), *encoding.key)
         with self.lock:
             entry = self._entries.get(key)
+            fresh = entry is not None and not entry.stale(roots)
             if entry is None:
                 entry = self._entries[key] = Entry(roots, encoding, later=later)
-            else:
-                fresh = not entry.stale(roots)
-                if not fresh:
-                    entry.encode(roots, later=later)
-                    self.epoch += 1
-                entry.want_sqnr(encoding.min_sqnr)
-                if fresh:
-                    return entry
-            for root in roots:
-                self._watch(root, key)
+            elif not fresh:
+                entry.encode(roots, later=later)
+                self.epoch += 1
+            if later:  # this compile's graph will ask with this very object
+                entry.encoding, entry.chosen = encoding, True
+            entry.check_sqnr(encoding)
+            if not fresh:
+                for root in roots:
+                    self._watch(root, key)
             return entry
+
+    def made_from(self, tensors: Sequence[torch.Tensor]) -> list[Entry]:
+        """The entries that have one of these tensors among their parameters."""
+        with self.lock:
+            keys = [key for tensor in tensors if (root := self._roots.get(id(tensor))) for key in root.keys]
+            return [self._entries[key] for key in dict.fromkeys(keys)]
 
     def mark(self, tensors: Sequence[torch.Tensor]) -> int:
         """Mark every entry made from these tensors stale; returns how many there were."""
@@ -292,17 +305,55 @@ class Store:
         """Let go of those entries that no compiled graph reads. A graph that is being compiled meanwhile encodes its
         weight again."""
         with self.lock:
-            unused = {id(entry) for entry in entries if not entry.users}
-            for key in [key for key, entry in self._entries.items() if id(entry) in unused]:
-                self._entries.pop(key, None)  # a parameter may die just now, and take its entries with it
-                for root in key[0]:
-                    self._roots.get(root, _Root()).keys.discard(key)
+            self._let_go([entry for entry in entries if not entry.users])
+
+    def drop(self, entries: Iterable[Entry]) -> None:
+        """Let go of entries whatever reads them (a graph that is called after all encodes its weight again): Dynamo keeps
+        code with graph breaks alive over `torch.compiler.reset()`. Does nothing while the store must stay unchanged."""
+        with self.lock:
+            dropped = [] if self._visitors else list(entries)
+            self._let_go(dropped)
+            for user in [user for entry in dropped for user in entry.users]:
+                user.forget()
+
+    def _let_go(self, entries: Sequence[Entry]) -> None:
+        gone = set(map(id, entries))
+        for key in [key for key, entry in self._entries.items() if id(entry) in gone]:
+            self._entries.pop(key, None)  # a parameter may die just now, and take its entries with it
+            for root in key[0]:
+                self._leave(root, key)
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Let go of everything that was added inside the block, but for what compiled graphs read; drop nothing else."""
+        held, tables = list(self), list(self.tables)  # held, so that no id is used twice
+        known, known_tables = set(map(id, held)), set(map(id, tables))
+        with self.lock:
+            self._visitors += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self._visitors -= 1
+            self.drop_unused([entry for entry in self if id(entry) not in known])
+            with self.lock:
+                for tensor in [tensor for tensor in self.tables if id(tensor) not in known_tables]:
+                    del self.tables[tensor]
+
+    def _leave(self, root: int, key: Key) -> None:
+        """An entry is gone; the weak references to a parameter go with its last one."""
+        known = self._roots.get(root, _Root())
+        known.keys.discard(key)
+        if not known.keys and known.death is not None:
+            del self._roots[root]
+            known.death.detach()
 
     def _watch(self, root: torch.Tensor, key: Key) -> None:
         known = self._roots.get(id(root))
         if known is None:
             known = self._roots[id(root)] = _Root()
-            weakref.finalize(root, self._drop, id(root)).atexit = False
+            known.death = weakref.finalize(root, self._drop, id(root))
+            known.death.atexit = False
         known.keys.add(key)
         storage = root.untyped_storage()
         if known.storage is None or known.storage() is not storage:
@@ -328,8 +379,7 @@ class Store:
                 for user in list(entry.users) if entry is not None else ():
                     user.forget()
                 for other in key[0]:
-                    if other in self._roots:
-                        self._roots[other].keys.discard(key)
+                    self._leave(other, key)
             self.epoch += 1
 
     @property

@@ -76,6 +76,17 @@ def test_weights_that_are_no_plain_parameters_are_listed() -> None:
     assert sorted(again.kept) == sorted(packed + report.kept)
 
 
+@pytest.mark.parametrize("part", ["dict", "linear"])
+def test_a_users_module_may_be_called_parametrizations(part: str) -> None:
+    inner = nn.Linear(32, 32)
+    holder = nn.Module()
+    holder.parametrizations = nn.ModuleDict({"q": inner}) if part == "dict" else inner
+    paths = ["parametrizations.q.weight" if part == "dict" else "parametrizations.weight"]
+    report = convert(holder, SCHEME)
+    assert [item.path for item in report.weights] == paths
+    assert [path for path, _ in convert(holder, SCHEME).kept] == paths
+
+
 def test_compiled_models_are_what_they_wrap(tmp_path: Path) -> None:
     model = torch.compile(nn.Sequential(nn.Linear(32, 16)), backend="qcompile")
     report = convert(model, "int8")

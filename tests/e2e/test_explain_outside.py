@@ -94,3 +94,83 @@ def test_strict_refuses_contractions_outside_of_every_graph(strict: bool) -> Non
 def test_strict_minds_no_graph_break_without_contractions() -> None:
     found = explain(Outside(nn.ReLU()).eval(), torch.randn(2, 64), recipe=RECIPE, options={"strict": True})
     assert (found.coverage, [row.kind for row in found]) == (1.0, ["linear"])
+
+
+W, CUBE = torch.ones(64, 64), torch.ones(4, 64, 64)
+
+
+def _flex(x: Tensor) -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    q = x.view(1, 1, 8, 64)
+    return flex_attention(q, q, q)
+
+
+def _jagged(x: Tensor) -> Tensor:
+    rows = torch.nested.nested_tensor([x, x[:4]], layout=torch.jagged)
+    return nn.functional.linear(rows, W).values()
+
+
+class Wrapped(torch.Tensor):
+    """An ordinary tensor type with a dispatch of its own."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Any:
+        made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*(a.inner if isinstance(a, Wrapped) else a for a in args), **(kwargs or {}))
+
+
+# For eight rows of 64; two for each product, as the ledger counts the same inside of a graph.
+CONTRACTIONS = {
+    "mv": (lambda x: W @ x[0], 2 * 64 * 64),
+    "addmv": (lambda x: torch.addmv(x[1], W, x[0]), 2 * 64 * 64),
+    "linear of a vector": (lambda x: nn.functional.linear(x[0], W), 2 * 64 * 64),
+    "dot": (lambda x: x[0].dot(x[1]), 2 * 64),
+    "vdot": (lambda x: torch.vdot(x[0], x[1]), 2 * 64),
+    "bilinear": (lambda x: nn.functional.bilinear(x, x, CUBE), 2 * 8 * 4 * 64 * 64),
+    "addbmm": (lambda x: torch.addbmm(W, x.view(8, 64, 1), x.view(8, 1, 64)), 2 * 8 * 64 * 64),
+    "sparse csr": (lambda x: torch.sparse.mm(torch.eye(8).to_sparse_csr(), x), 2 * 8 * 64),
+    "sparse coo": (lambda x: torch.eye(8).to_sparse() @ x, 2 * 8 * 64),
+    "cond": (lambda x: torch.cond(x.sum() > 1e9, lambda x: x @ W @ W, lambda x: x @ W, (x,)), 2 * 8 * 64 * 64),
+    "flex": (_flex, 4 * 8 * 8 * 64),
+    "jagged": (_jagged, 2 * 12 * 64 * 64),
+    "subclass": (lambda x: Wrapped(x) @ W, 2 * 8 * 64 * 64),
+}
+
+
+@pytest.mark.parametrize("name", CONTRACTIONS)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of torch: sparse and nested tensors are in beta, flex is unfused
+def test_every_contraction_outside_counts(name: str) -> None:
+    tail, flops = CONTRACTIONS[name]
+    found = explain(Outside(Call(tail)).eval(), torch.randn(8, 64), recipe=RECIPE)
+    assert [(row.kind, row.flops) for row in found] == [("linear", 2 * 8 * 64 * 64), ("eager", flops)]
+    assert not any("not counted" in note for note in found.notes)
+
+
+class Call(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x)
+
+
+def test_an_operator_of_somebody_else_that_reads_a_weight_outside_is_named() -> None:
+    with torch.library._scoped_library("qcompileoutside", "FRAGMENT") as library:
+        library.define("twice(Tensor x, Tensor w) -> Tensor")
+        library.impl("twice", lambda x, w: 2 * (x @ w), "CompositeExplicitAutograd")
+        w = nn.Parameter(torch.randn(64, 64))
+        tail = Call(lambda x: torch.ops.qcompileoutside.twice(x, w))
+        found = explain(Outside(tail).eval(), torch.randn(8, 64), recipe=RECIPE)
+        quiet = explain(Outside(Call(lambda x: torch.ops.qcompileoutside.twice(x, W))).eval(), torch.randn(8, 64))
+    (note,) = (note for note in found.notes if "not counted" in note)
+    assert "qcompileoutside.twice" in note
+    assert not any("not counted" in note for note in quiet.notes)

@@ -16,6 +16,7 @@ from qcompile.passes.detect.canonicalize import Canonicalize
 from qcompile.passes.detect.sites import NO_CONTRACTION, Detect
 from qcompile.passes.match import op_name
 from qcompile.passes.rewrite.resolve import Resolve
+from qcompile.plan.recipe import Recipe, Rule
 from qcompile.plan.site import KINDS, Site
 from tests.passes.graphs import context, dynamo_graph, run
 
@@ -206,6 +207,85 @@ def test_reasons(function: Any, words: str) -> None:
     assert words in site.refused
 
 
+NAMES = ["it's", 'a"b', "q'\"x", "back\\slash", "a]b[c", "e x", "tab\t", "é", "parametrizations"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_paths_are_those_of_the_module(name: str) -> None:
+    """Whatever a module is called, rules find its weights under the name that `named_parameters` gives."""
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleDict({name: nn.ModuleDict({"q": nn.Linear(K, N, bias=False)})})
+
+        def forward(self, x: Tensor) -> Any:
+            return self.parts[name]["q"](x)
+
+    model = Named()
+    assert [site.path for site in sites(model, torch.randn(B, K))] == [path for path, _ in model.named_parameters()]
+
+
+def test_what_is_behind_a_parametrized_weight_has_its_path() -> None:
+    model = nn.Sequential(nn.Linear(K, N))
+    nn.utils.parametrize.register_parametrization(model[0], "weight", nn.Identity())
+    assert [site.path for site in sites(model, torch.randn(B, K))] == ["0.weight"]
+
+
+BUFFERS: dict[str, Callable[[Tensor, With], Tensor]] = {
+    "linear": lambda x, m: F.linear(x, m.buffer),
+    "matmul": lambda x, m: x @ m.buffer,
+    "transposed": lambda x, m: x @ m.buffer.T,
+    "computed": lambda x, m: x @ (m.buffer * 2),
+    "with a parameter": lambda x, m: x @ (m.buffer + m.v),
+    "on the left": lambda x, m: m.buffer @ x.t(),
+    "einsum": lambda x, m: torch.einsum("bk,kn->bn", x, m.buffer),
+    "bmm": lambda x, m: torch.bmm(x[None], m.buffer[None]),
+    "addmm": lambda x, m: torch.addmm(m.v, x, m.buffer),
+}
+
+
+@pytest.mark.parametrize("name", BUFFERS)
+def test_strict_refuses_a_buffer_in_every_spelling(name: str) -> None:
+    """With the words for `F.linear`; a rule that asks for nothing there is no reason to refuse it."""
+    model, x = With(BUFFERS[name]), torch.randn(B, K)
+    with pytest.raises(QCError) as caught:
+        sites(model, x, strict=True)
+    assert (caught.value.code, caught.value.what) == ("site.refused", "linear site cannot be quantized")
+    assert caught.value.why == "the weight operand is not a parameter: it depends on buffers"
+    large = Recipe((Rule("int8/axis0", min_weights=N * K + 1),))  # type: ignore[arg-type]
+    for recipe in ("none", large):
+        assert len(sites(model, x, strict=True, recipe=recipe)) == 1
+
+
+def test_strict_names_what_is_wrong_beside_a_product_of_buffers() -> None:
+    model = With(lambda x, m: x @ (m.w * m.v) + (m.buffer @ m.buffer)[:B])
+    with pytest.raises(QCError, match="arithmetic on parameters"):
+        sites(model, torch.randn(B, K), strict=True)
+
+
+NO_LINEARS: dict[str, Callable[[Tensor, With], Any]] = {
+    "rotary": lambda x, m: m.buffer[:, :1][None].expand(2, -1, 1) @ x[:2, None],
+    "outer": lambda x, m: torch.einsum("i,j->ij", x[0], m.buffer[0]),
+    "both buffers": lambda x, m: x + (m.buffer @ m.buffer)[:B],
+    "a cache": lambda x, m: x @ m.buffer.index_copy_(0, torch.arange(B), x).t(),
+    "a bias": lambda x, m: torch.addmm(m.buffer[0], x, x.t() @ x),
+}
+
+
+@pytest.mark.parametrize("name", NO_LINEARS)
+def test_strict_lets_pass_what_no_parameter_would_make_a_linear(name: str) -> None:
+    assert {site.kind for site in sites(With(NO_LINEARS[name]), torch.randn(B, K), strict=True)} <= {"bmm"}
+
+
+def test_strict_refuses_a_stacked_weight_as_it_does_a_single_one() -> None:
+    model = With(lambda x, m: torch.bmm(x.expand(2, B, K), m.w), 2, K, N).double()
+    (first, _) = sites(model, torch.randn(B, K).double())
+    assert (first.kind, first.refused) == ("bmm", "the weight has dtype torch.float64")
+    with pytest.raises(QCError, match=r"dtype torch\.float64"):
+        sites(model, torch.randn(B, K).double(), strict=True)
+
+
 def test_parameters_that_became_constants_of_the_graph() -> None:
     with torch._inductor.config.patch(freezing=True):
         (site,) = sites(nn.Linear(K, N).eval(), torch.randn(B, K))
@@ -297,3 +377,41 @@ def test_a_recorded_checkpoint_stays() -> None:
     assert "tag_activation_checkpoint" in run([Canonicalize(), Detect()], gm, ctx)
     assert {d.site.refused for d in ctx.plan} == {"inside torch.utils.checkpoint: not handled while autograd records"}
     assert len(ctx.plan.decisions) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_torch_does_not_multiply_is_no_site(dtype: torch.dtype) -> None:
+    """Without autocast torch raises for mixed dtypes; a kernel that reads both would hide it."""
+    model, x = nn.Linear(K, N), torch.randn(B, K).to(dtype)
+    with pytest.raises(RuntimeError, match="same dtype"):
+        torch.compile(model.eval(), backend="qcompile", options={"recipe": "int8"})(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        (site,) = sites(model, x)
+    assert not site.refused
+    (site,) = sites(With(lambda x, module: inside_autocast(x, module.w)), x)
+    assert not site.refused
+
+
+def inside_autocast(x: Tensor, w: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return torch.nn.functional.linear(x, w)
+
+
+def test_what_is_added_is_no_factor() -> None:
+    """addmm of a bias that is a parameter, or a buffer, multiplies two activations."""
+    for bias in (nn.Parameter(torch.randn(B)), torch.randn(B)):
+        (site,) = sites(Adds(bias), torch.randn(B, K), strict=True)
+        assert site.kind == "bmm"
+        assert site.refused.startswith("both operands are activations")
+
+
+class Adds(nn.Module):
+    def __init__(self, bias: Tensor) -> None:
+        super().__init__()
+        if isinstance(bias, nn.Parameter):
+            self.bias = bias
+        else:
+            self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, x.t())

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from qcompile.errors import QCError
+from qcompile.ir.noise import ratio_db
 from qcompile.ir.scheme import Scheme
 from qcompile.plan.plan import Decision, Plan
 from qcompile.plan.recipe import PRESETS, Recipe, Rule, sqnr_db
@@ -79,6 +80,31 @@ def test_sqnr() -> None:
     assert abs(sqnr_db(w.float(), INT8) - want) < 0.25
 
 
+@pytest.mark.parametrize("size", [2.0**73, 2.0**-80], ids=["large", "small"])
+def test_sqnr_of_sizes_whose_squares_float32_cannot_hold(size: float) -> None:
+    """A power of two scales codes and errors exactly (no product leaves float32), so the ratio is the same number."""
+    weight, coarse = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)), Scheme.parse("int2/g64:fp32")
+    assert sqnr_db(weight * size, coarse) == pytest.approx(sqnr_db(weight, coarse), rel=1e-12)  # float64 logarithms
+    recipe = Recipe((Rule(coarse, min_sqnr=30.0), Rule(INT8)))
+    assert recipe.resolve(SITE, lambda: weight * size).rule == 1
+
+
+def test_the_ratio_is_never_nan() -> None:
+    one, bad = torch.ones(3, 4), torch.ones(3, 4)
+    for value in (math.nan, math.inf):
+        bad[1, 2] = value
+        assert ratio_db(bad, one) == ratio_db(one, bad) == ratio_db(bad, bad) == -math.inf
+    assert ratio_db(one, torch.zeros(3, 4)) == -math.inf
+    assert ratio_db(torch.zeros(3, 4), torch.zeros(3, 4)) == ratio_db(torch.ones(0, 4), torch.ones(0, 4)) == math.inf
+    table = torch.randn(3, 1 << 19, generator=torch.Generator().manual_seed(0))  # more than is widened at a time
+    assert ratio_db(table * 1.5, table) == pytest.approx(10 * math.log10(4), rel=1e-6)  # 1.5 x is rounded to float32
+
+
+def test_a_ratio_that_cannot_be_compared_is_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qcompile.plan.recipe.sqnr_db", lambda weight, scheme: math.nan)
+    assert Recipe((Rule(INT4, min_sqnr=30.0), Rule(INT8))).resolve(SITE, lambda: torch.ones(1, 1)).rule == 1
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_data(name: str, tmp_path: Path) -> None:
     recipe = Recipe.of(name)
@@ -100,6 +126,9 @@ def test_every_field_survives_json() -> None:
     assert Rule.from_json(rule.to_json()) == rule
     assert Rule.from_json({"weight": None}) == Rule(None)
     assert Recipe((rule,)).fingerprint() != Recipe((replace(rule, min_sqnr=26.0),)).fingerprint()
+    exact = Recipe((Rule(INT4, min_sqnr=math.inf), Rule(INT8)))
+    assert Recipe.from_json(json.loads(json.dumps(exact.to_json(), allow_nan=False))) == exact
+    assert "Infinity" not in exact.fingerprint()
 
 
 def test_spellings() -> None:
@@ -153,6 +182,71 @@ def test_kinds_that_no_rule_can_match(kind: object, words: list[str]) -> None:
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
+RULE = {"weight": str(INT8)}
+WRONG: dict[str, tuple[dict[str, object], str]] = {
+    "weight 5": ({"weight": 5}, "5"),
+    "weight false": ({"weight": False}, "False"),
+    "weight empty": ({"weight": ""}, "''"),
+    "weight list": ({"weight": [str(INT8)]}, f"['{INT8}']"),
+    "act 0": (RULE | {"act": 0}, "0"),
+    "path 5": (RULE | {"path": 5}, "5"),
+    "path null": (RULE | {"path": None}, "None"),
+    "fit 3": (RULE | {"fit": 3}, "3"),
+    "fit list": (RULE | {"fit": [1]}, "[1]"),
+    "no kind": (RULE | {"kind": []}, "''"),
+    "min_sqnr text": (RULE | {"min_sqnr": "a"}, "'a'"),
+    "min_sqnr true": (RULE | {"min_sqnr": True}, "True"),
+    "min_sqnr vast": (RULE | {"min_sqnr": 10**400}, "1000"),
+    "min_weights text": (RULE | {"min_weights": "9"}, "'9'"),
+    "min_weights broken": (RULE | {"min_weights": 0.5}, "0.5"),
+    "min_weights below": (RULE | {"min_weights": -1}, "-1"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_value_of_another_type_is_named(name: str, tmp_path: Path) -> None:
+    """In a file with the file and the rule's place, in Python with the field; never read as something else."""
+    rule, value = WRONG[name]
+    field = next(key for key in reversed(rule))
+    (tmp_path / "mine.json").write_text(json.dumps({"version": 1, "rules": [RULE, rule]}))
+    with pytest.raises(QCError) as read:
+        Recipe.of(tmp_path / "mine.json")
+    assert read.value.where.startswith(f"{tmp_path / 'mine.json'}: rule 1")
+    with pytest.raises(QCError) as made:
+        Rule(**rule)  # type: ignore[arg-type]
+    for error in (read.value, made.value):
+        assert value in error.what
+        assert field in str(error)
+        assert error.next
+
+
+def test_a_rule_without_a_weight_keeps_sites_float() -> None:
+    assert Rule.from_json({"path": "a.*"}) == Rule.from_json({"weight": None, "path": "a.*"}) == Rule(None, path="a.*")
+
+
+def test_numbers_of_other_types_are_the_same_rule() -> None:
+    same = Rule(INT8, min_weights=1000, min_sqnr=30.0)
+    made = Rule(INT8, kind=list(same.kind), min_weights=1e3, min_sqnr=30)  # type: ignore[arg-type]
+    assert (made, hash(made), made.to_json()) == (same, hash(same), same.to_json())
+    kinds = {"linear", "head", "bmm"}
+    assert Rule(INT8, kind=kinds).kind == ("bmm", "head", "linear")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("rules", "name", "said"),
+    [
+        (Rule(INT8), "x", "rules cannot be Rule("),
+        ((Rule(INT8), "int8/g64"), "x", "a rule cannot be 'int8/g64'"),
+        ((), None, "the name of a recipe cannot be None"),
+    ],
+)
+def test_a_recipe_made_of_something_else(rules: object, name: object, said: str) -> None:
+    with pytest.raises(QCError) as caught:
+        Recipe(rules, name)  # type: ignore[arg-type]
+    assert said in caught.value.what
+    assert caught.value.next
+
+
 def test_one_kind_in_a_file_may_be_a_string() -> None:
     assert Rule.from_json({"weight": str(INT8), "kind": "head"}) == Rule(INT8, kind=("head",))
 
@@ -163,7 +257,11 @@ def test_one_kind_in_a_file_may_be_a_string() -> None:
         ('{"version": 1, "rules": [', "recipe.file", ["is not a JSON file", "line 1 column"]),
         ("{'version': 1}", "recipe.file", ["is not a JSON file"]),
         ('{"version": 1, "rules": [], "nmae": "x"}', "recipe.file", ["unknown key 'nmae'", "did you mean 'name'?"]),
-        ('{"version": 1, "rules": ["int8"]}', "recipe.rule", ["a rule cannot be a JSON str"]),
+        ('{"version": 1, "rules": ["int8"]}', "recipe.rule", ["a rule cannot be a JSON str", "rule 0"]),
+        ('{"version": true, "rules": []}', "recipe.version", ["version True"]),
+        ('{"version": 1, "name": null, "rules": []}', "recipe.name", ["cannot be None"]),
+        ('{"version": 1, "rules": [{"weight": null, "min_sqnr": NaN}]}', "recipe.file", ["NaN is no number"]),
+        ('{"version": 1, "rules": ' + "[" * 100_000, "recipe.file", ["is not a JSON file", "recursion"]),
     ],
 )
 def test_files_that_are_no_recipe(tmp_path: Path, text: str, code: str, words: list[str]) -> None:
@@ -171,7 +269,7 @@ def test_files_that_are_no_recipe(tmp_path: Path, text: str, code: str, words: l
     with pytest.raises(QCError) as caught:
         Recipe.of(tmp_path / "mine.json")
     assert caught.value.code == code
-    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert all(word in str(caught.value) for word in (*words, str(tmp_path / "mine.json"))), str(caught.value)
     assert "check the path" not in caught.value.next
 
 

@@ -244,3 +244,79 @@ def test_parameters_without_a_version_counter_are_named() -> None:
         a = weight()
     with pytest.warns(QCWarning, match=r"layer\.weight was made under .*refresh"):
         frozen(store, a)
+
+
+def test_the_ratio_of_weights_whose_squares_leave_fp32() -> None:
+    usual = torch.randn(8, 32)
+    store, want = Store(), None
+    for scale in (1.0, 2.0**74, 2.0**-80):  # powers of two: the same mantissas
+        a = nn.Parameter(usual * scale)
+        found = store.entry([a], PACKED).sqnr_db()
+        want = found if want is None else want
+        assert found == pytest.approx(want, abs=1e-6)  # float64 sums
+    assert 30 < (want or 0) < 60
+
+
+def test_every_compile_is_told_about_a_missed_minimum() -> None:
+    store, a = Store(), nn.Parameter((torch.randn(8, 32) > 0).float())
+    scheme, x, others = Scheme.parse("int4/g32:fp16"), torch.randn(2), [weight(), weight()]
+    for _ in range(2):
+        expression = WeightExpression("p0", lambda w: w, "layer.weight")  # each compile makes its own
+        entry = store.entry([a], Encoding(expression, scheme, min_sqnr=30.0), later=True)
+        call = FrozenCall(lambda *args: args, [Slot(entry, 0, (0,))], [1], store)
+        for other in others:
+            with pytest.warns(QCWarning, match="another layer's.* a reset changes nothing"):
+                call(other, x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for parameter in (a, *others):
+                call(parameter, x)
+            store.mark(others)
+            for parameter in (a, *others):
+                call(parameter, x)
+    with torch.no_grad():
+        a.copy_(others[0])
+    with pytest.warns(QCWarning, match="compile again"):
+        call(a, x)
+
+
+def test_a_recipe_without_a_minimum_is_not_told_of_an_earlier_one() -> None:
+    store, a, scheme = Store(), weight(), Scheme.parse("int4/g32:fp16")
+    with pytest.warns(QCWarning, match="asks for 90"):
+        store.entry([a], Encoding(SAME, scheme, min_sqnr=90.0), later=True)
+    later = WeightExpression("p0", lambda w: w, "layer.weight")
+    entry = store.entry([a], Encoding(later, scheme), later=True)
+    call = FrozenCall(lambda *args: args, [Slot(entry, 0, (0,))], [1], store)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        call(a.mul_(2), torch.randn(2))
+
+
+def test_what_is_asked_for_in_passing_leaves_no_trace() -> None:
+    """Not even a weak reference, which `torch.utils.swap_tensors` refuses."""
+    store, a, b = Store(), weight(), weight()
+    kept = store.entry([a], PACKED)
+    store.tables[a] = None
+    with store.unchanged():
+        store.entry([a, b], JOINED)
+        store.entry([b], PACKED)
+        store.tables[b] = None
+        store.drop([kept])
+    assert list(store) == [kept]
+    assert list(store.tables) == [a]
+    assert not weakref.getweakrefs(b)
+    del a
+    gc.collect()
+    assert not list(store)
+    assert not store._roots
+
+
+def test_a_dropped_entry_comes_back_when_its_graph_is_called() -> None:
+    store, a, x = Store(), weight(), torch.randn(2)
+    call = frozen(store, a)
+    want = call(a, x)[0].clone()
+    old = weakref.ref(call(a, x)[0])
+    store.drop(store.made_from([a]))
+    assert (list(store), old()) == ([], None)
+    assert torch.equal(call(a, x)[0], want)
+    assert len(store.made_from([a])) == 1
