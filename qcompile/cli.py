@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import json
 import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -181,8 +182,30 @@ def _explain(target: str, settings: dict[str, Any]) -> Explanation:
             next="return the model and a tuple of its positional inputs, and its keyword inputs as a dict if it takes "
             "any: return model, (x,) or return model, (x,), {'mask': mask}",
         )
+    _check_keywords(target, keywords, api.explain)
     with _users_code():
         return api.explain(model, *args, options=settings, **keywords)
+
+
+def _check_keywords(target: str, keywords: Mapping[Any, object], call: Callable[..., object]) -> None:
+    """Keyword inputs share the argument list of `call` with its own parameters."""
+    from qcompile.errors import QCError
+
+    own = [name for name, one in inspect.signature(call).parameters.items() if one.kind in _BY_NAME]
+    for name in keywords:
+        if isinstance(name, str) and name not in own:
+            continue
+        raise QCError(
+            "cli.target",
+            f"{target} returned a keyword input named {name!r}",
+            why=f"explain has an argument {name!r} of its own" if isinstance(name, str) else "a name is text",
+            next="return it as a positional input: return model, (x, mask)"
+            if isinstance(name, str)
+            else "name it as the model does: return model, (x,), {'mask': mask}",
+        )
+
+
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 @contextmanager

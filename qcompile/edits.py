@@ -40,7 +40,7 @@ P = TypeVar("P", bound=NamedPass)
 
 
 def _check_pass(value: object, key: str) -> NamedPass:
-    if isinstance(value, type) or not isinstance(value, NamedPass):
+    if isinstance(value, type) or not isinstance(value, NamedPass) or not callable(value.fingerprint):
         raise option_error(key, value, "a pass: an instance (not a class) with a name, a stage and a fingerprint()")
     if not (isinstance(value.name, str) and value.name):
         raise option_error(f"{key}.name", value.name, "a non-empty string")
@@ -49,8 +49,10 @@ def _check_pass(value: object, key: str) -> NamedPass:
     if not (isinstance(needs(value), tuple) and all(isinstance(name, str) for name in needs(value))):
         raise option_error(f"{key}.requires", needs(value), "a tuple of names of passes")
     method = METHODS[value.stage]
-    if getattr(getattr(value, method.partition("(")[0], None), "__module__", "") == BASE:
-        want = f"a pass with a method that does its work: stage {value.stage!r} calls {method.partition('(')[0]}"
+    name = method.partition("(")[0]
+    work = getattr(value, name, None)
+    if not callable(work) or getattr(work, "__module__", "") == BASE:
+        want = f"a pass with a method that does its work: stage {value.stage!r} calls {name}"
         raise option_error(key, value.name, want, fix=f"define {method}")
     return value
 

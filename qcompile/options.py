@@ -55,15 +55,15 @@ def _folder(key: str, value: object) -> Path | None:
         return None
     if not isinstance(value, str | os.PathLike) or not str(value):
         raise option_error(key, value, "a folder, or None")
-    folder = Path(value).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise option_error(key, value, "a folder, but this is a file", fix="name a folder; it is made if it is missing")
-    try:  # only writing tells: rights are not all that can be in the way
+    fix = "name a folder; it is made if it is missing"
+    try:
+        folder = Path(value).expanduser()
+        if folder.exists() and not folder.is_dir():
+            raise option_error(key, value, "a folder, but this is a file", fix=fix)
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=folder):  # only writing tells: rights are not all that can be in the way
             pass
-    except OSError as error:
-        fix = "name a folder; it is made if it is missing"
+    except (OSError, RuntimeError, TypeError, ValueError) as error:  # also "~somebody" and what no path may hold
         raise option_error(key, str(value), f"a folder that can be written to: {error}", fix=fix) from error
     return folder
 

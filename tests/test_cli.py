@@ -179,6 +179,23 @@ def test_explain_refuses_other_results(tmp_path: Path, result: str) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("keywords", "said"),
+    [
+        ("{'options': 1}", "a keyword input named 'options'"),
+        ("{'recipe': x}", "a keyword input named 'recipe'"),
+        ("{'model': x}", "a keyword input named 'model'"),
+        ("{1: 2}", "a keyword input named 1"),
+    ],
+)
+def test_explain_refuses_keywords_that_are_its_own_or_no_names(tmp_path: Path, keywords: str, said: str) -> None:
+    done = explained(tmp_path, f"model, x, {keywords}")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"{said} [cli.target]" in done.stderr
+    assert "next: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_users_exception_shows_the_users_lines_only(tmp_path: Path) -> None:
     done = explained(tmp_path, "model, 1 / 0")
     assert (done.returncode, done.stdout) == (1, "")

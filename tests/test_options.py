@@ -26,8 +26,24 @@ class Named:
     stage: str = "dynamo"
     requires: Any = ()
 
+    def run(self, gm: Any, ctx: Any) -> None: ...
+
+    def wrap(self, inner: Any, ctx: Any) -> Any:
+        return inner
+
     def fingerprint(self) -> str:
         return f"{self.name} {self.version}"
+
+
+@dataclass(frozen=True)
+class Idle:
+    """A pass without any method that works, or with values in their places."""
+
+    stage: str
+    run: Any = None
+    wrap: Any = None
+    fingerprint: Any = str
+    name: str = "idle"
 
 
 def names(passes: list[Any]) -> list[str]:
@@ -125,6 +141,14 @@ def test_our_keys_and_inductors_do_not_meet() -> None:
             "one of: dynamo, post, compile",
         ),
         ({"passes": {"insert": [("after", "merge", Named("a", requires="b"))]}}, "options.value", "a tuple of names"),
+        ({"passes": {"insert": [("after", "merge", Idle("compile", run=print))]}}, "options.value", "calls wrap"),
+        ({"passes": {"insert": [("after", "merge", Idle("compile", wrap=3))]}}, "options.value", "calls wrap"),
+        ({"passes": {"insert": [("after", "merge", Idle("post", wrap=print))]}}, "options.value", "calls run"),
+        ({"passes": {"replace": {"merge": Idle("dynamo", run="x")}}}, "options.value", "calls run"),
+        ({"passes": {"replace": {"merge": Idle("dynamo", print, fingerprint=5)}}}, "options.value", "fingerprint"),
+        ({"dump": "~no-such-user/x"}, "options.value", "a folder that can be written to"),
+        ({"dump": "a\0b"}, "options.value", "null byte"),
+        ({"dump": "x" * 5000}, "options.value", "too long"),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
 )

