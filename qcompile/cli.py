@@ -146,7 +146,7 @@ def bench(
         for path in sorted(folder.rglob("*.py"))
         if not path.name.startswith("_")
     }
-    if not name:
+    if name in ("", "--help", "-h"):
         for known, path in scripts.items():
             about = ast.get_docstring(ast.parse(path.read_text())) or ""
             _out.print(f"{known:16} {about.splitlines()[0]}" if about else known, soft_wrap=True)
@@ -232,6 +232,13 @@ def _load(target: str) -> Any:
     from qcompile.errors import QCError
 
     module, _, name = target.partition(":")
+    if not module or not name:
+        raise QCError(
+            "cli.target",
+            f"{target!r} names no function",
+            where="qcompile explain",
+            next="name it as package.module:function, where the function returns (model, inputs)",
+        )
     sys.path.insert(0, os.getcwd())  # as `python -m` does: a target may lie in the working folder
     try:
         return getattr(importlib.import_module(module), name)

@@ -43,7 +43,7 @@ def save(model: nn.Module, path: str | Path) -> Path:
         The folder.
 
     Raises:
-        QCError: "model.none" for a function, "save.path" when the path is a file.
+        QCError: "model.none" for a function, "save.path" when the path is a file or cannot be made or written.
     """
     model, folder = module_of(model), Path(path)
     if folder.exists() and not folder.is_dir():
@@ -54,7 +54,10 @@ def save(model: nn.Module, path: str | Path) -> Path:
             "no weight of this model is packed: it is saved in float. Call qcompile.convert(model, recipe) first; what "
             "torch.compile packs belongs to the compiled code, not to the model."
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise QCError("save.path", f"{folder} cannot be made", why=str(error), next="name another folder") from error
     tensors: dict[str, torch.Tensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[tuple[object, ...], str] = {}
@@ -83,11 +86,14 @@ def save(model: nn.Module, path: str | Path) -> Path:
     }
     manifest = {"version": VERSION, "weights": schemes, "aliases": aliases}
     # Replaced as whole files: a model that was loaded from this folder still reads the old one.
-    with tempfile.TemporaryDirectory(dir=folder) as fresh:
-        save_file(tensors, str(Path(fresh, TENSORS)), {"format": "pt"})
-        Path(fresh, MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-        for file in (TENSORS, MANIFEST):
-            os.replace(Path(fresh, file), folder / file)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder) as fresh:
+            save_file(tensors, str(Path(fresh, TENSORS)), {"format": "pt"})
+            Path(fresh, MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+            for file in (TENSORS, MANIFEST):
+                os.replace(Path(fresh, file), folder / file)
+    except (OSError, SafetensorError) as error:
+        raise QCError("save.path", f"{folder} cannot be written", why=str(error), next="name another folder") from error
     return folder
 
 

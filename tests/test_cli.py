@@ -89,6 +89,7 @@ def test_a_check_that_raises_is_a_finding() -> None:
         (("explain", "qcompile.doctor"), "module:function"),
         (("explain", "builtins:dict"), "return the model and a tuple"),
         (("bench", "kernels/gemw"), "there is no benchmark"),
+        (("explain", "models"), "'models' names no function"),
     ],
 )
 def test_an_error_of_ours_is_a_message(arguments: tuple[str, ...], words: str) -> None:
@@ -256,6 +257,7 @@ def test_bench_lists_runs_and_hands_over(tmp_path: Path) -> None:
     (tmp_path / "bench" / "kernels").mkdir(parents=True)
     (tmp_path / "bench" / "kernels" / "one.py").write_text("import sys; print(sys.argv[1:]); sys.exit(3)")
     assert run("bench", cwd=tmp_path).stdout.split() == ["kernels/one"]
+    assert run("bench", "--help", cwd=tmp_path).stdout.split() == ["kernels/one"]
     done = run("bench", "kernels/one", "--rounds", "7", cwd=tmp_path)
     assert done.stdout.strip() == "['--rounds', '7']"
     assert done.returncode == 3

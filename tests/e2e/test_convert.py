@@ -237,9 +237,10 @@ def test_load_errors(tmp_path: Path) -> None:
         load(TinyLM(layers=1), tmp_path)
     assert caught.value.code == "load.version"
     (tmp_path / "file").write_text("")
-    with pytest.raises(QCError) as caught:
-        save(packed(), tmp_path / "file")
-    assert caught.value.code == "save.path"
+    for path in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nowhere")):
+        with pytest.raises(QCError) as caught:
+            save(packed(), path)
+        assert caught.value.code == "save.path"
 
 
 def run_child(text: str, *args: str) -> str:
