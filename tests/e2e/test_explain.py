@@ -143,7 +143,7 @@ def test_reasons() -> None:
     assert "convolutions" in reasons["conv"]
     assert "max_norm" in reasons["embeddingtable.weight"]
     assert "both operands" in reasons["bmm"]
-    assert "not a parameter" in reasons["linear"]
+    assert "not a parameter" in reasons["linearfixed"]
     assert reasons["linearkept.weight"] == "rule 0 keeps it float"
 
 
