@@ -71,7 +71,7 @@ class Plan:
         engines: in the order in which they start.
         windows: pieces of text for the perplexity.
         rounds: how often every engine takes its turn in the speed phase.
-        seconds: after four fifths of them no optional engine starts, after all of them no round after the third.
+        seconds: after five sixths of them no optional engine starts, after all of them no round after the third.
         steps: decode steps per round.
         left_out: what a reader should know is missing.
     """
@@ -80,7 +80,7 @@ class Plan:
     windows: int
     rounds: int
     steps: int
-    seconds: float = 700
+    seconds: float = 690  # the last round and the report take some more
     left_out: str = ""
 
 
