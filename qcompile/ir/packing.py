@@ -1,7 +1,7 @@
 """Bit layouts: codes `[N, K]` of 1 to 8 bits to bytes and back.
 
 A code of `bits` bits is cut into planes of power-of-two width (6 = 4 + 2), the first plane holding its low
-bits, so that every plane fills bytes exactly and every width shares the same code. Two layouts:
+bits, so that every plane fills bytes exactly and every width shares the same code. Three layouts:
 
 **tile16**, what the CPU kernels read and what is saved. Rows come in panels of 16, columns in blocks of 32;
 codes beyond N and K are 0. Packed: uint8 `[P, KB, bits * 64]` with P = ceil(N/16), KB = ceil(K/32). Inside
@@ -11,10 +11,20 @@ tile t belongs to row o, and its bits `i*w .. i*w + w - 1` to column `t*4*(8/w) 
 horizontal sum is needed.
 Scales, zeros and minima: `[P, G, 16]` in their storage dtype.
 
+**mma16**, what the Triton kernels read: the operand of a tensor core's 16 x 16 instruction, as its registers hold it.
+Rows come in panels of 16; a plane of width w is cut into tiles of 16 rows x 512/w columns, 1 KB each, the tiles of one
+plane one after the other. Inside a tile the bytes are `[half h][lane][word][i1, b]`: lane `4 g + t` of a warp owns the 16
+bytes of row `8 h + g`, and bit field i0 of byte `i1 + 2 b` of its 32-bit word holds column
+`word * 128/w + 16 i0 + 8 i1 + 2 t + b`. So one 16-byte load per lane brings whole operands, and the fields of equal (i0, i1)
+of both half words are the two elements that a register of the instruction holds: one AND takes them out. Packed: uint8
+`[P, bytes of a panel]`, K padded with code 0 to whole tiles of every plane. Scales as in tile16.
+
 **rows**, device neutral: per row, the planes one after the other, each `ceil(K*w/8)` bytes, column `c` in the
 bits `(c mod 8/w) * w ..` of byte `c div (8/w)`. Packed: uint8 `[N, sum ceil(K*w/8)]`; scales `[N, G]`.
 
-Both cut along N without touching a byte (tile16 at multiples of 16): packing commutes with sharding rows.
+All cut along N without touching a byte (in panels: at multiples of 16): packing commutes with sharding rows.
+
+Sources: the operand layout is that of `mma.m16n8k16` and `wgmma.m64k16` in the PTX ISA.
 """
 
 from __future__ import annotations
@@ -43,10 +53,23 @@ def ceil_div(a: int, b: int) -> int:
 
 def packed_shape(bits: int, n: int, k: int, packing: str = "tile16") -> tuple[int, ...]:
     """Shape of the packed uint8 codes of an `[n, k]` matrix."""
+    planes = bit_planes(bits)
     if packing == "rows":
-        return (n, sum(ceil_div(k * width, 8) for width in bit_planes(bits)))
-    bit_planes(bits)
+        return (n, sum(ceil_div(k * width, 8) for width in planes))
+    if packing == "mma16":
+        return (ceil_div(n, PANEL), padded_columns(bits, k) * bits * PANEL // 8)
     return (ceil_div(n, PANEL), ceil_div(k, BLOCK), bits * 64)
+
+
+def tile_columns(width: int) -> int:
+    """Columns of one mma16 tile of a plane: what 16 bytes hold for one row and one lane in four."""
+    return 512 // width
+
+
+def padded_columns(bits: int, k: int) -> int:
+    """Columns that mma16 stores for a matrix of `k`: whole tiles of every plane (the narrowest has the longest)."""
+    unit = tile_columns(min(bit_planes(bits)))
+    return ceil_div(k, unit) * unit
 
 
 def scale_shape(groups: int, n: int, packing: str = "tile16") -> tuple[int, ...]:
@@ -99,19 +122,26 @@ def pack_codes(codes: Tensor, bits: int, packing: str = "tile16") -> Tensor:
     if codes.dtype != torch.uint8 or codes.dim() != 2:
         raise QCError("packing.codes", f"codes are {codes.dtype} {list(codes.shape)}", why="uint8 [N, K] is packed")
     n, k = codes.shape
+    planes: list[Tensor] = []
     if packing == "rows":
-        planes = [
-            _join(_pad(codes, n, ceil_div(k, per) * per).reshape(n, ceil_div(k, per), per, 1), shift, width)
-            for shift, width, per in _plan(bits)
-        ]
-        return torch.cat([plane.flatten(1) for plane in planes], dim=1)
-    panels, blocks = ceil_div(n, PANEL), ceil_div(k, BLOCK)
+        for shift, width, per in _plan(bits):
+            size = ceil_div(k, per)
+            planes.append(_join(_pad(codes, n, size * per).reshape(n, size, per, 1), shift, width).flatten(1))
+        return torch.cat(planes, dim=1)
+    panels = ceil_div(n, PANEL)
+    if packing == "mma16":
+        columns = padded_columns(bits, k)
+        padded = _pad(codes, panels * PANEL, columns)
+        for shift, width, per in _plan(bits):
+            fields = padded.reshape(panels, 2, 8, columns // tile_columns(width), 4, per, 2, 4, 2).permute(_MMA_ORDER)
+            planes.append(_join(fields.unsqueeze(-1), shift, width).flatten(1))
+        return torch.cat(planes, dim=1)
+    blocks = ceil_div(k, BLOCK)
     padded = _pad(codes, panels * PANEL, blocks * BLOCK)
-    tiles = []
     for shift, width, per in _plan(bits):
         lanes = _join(padded.reshape(panels, PANEL, blocks, width, per, 4), shift, width)
-        tiles.append(lanes.permute(0, 2, 3, 1, 4).reshape(panels, blocks, width * 64))
-    return torch.cat(tiles, dim=2) if len(tiles) > 1 else tiles[0].contiguous()
+        planes.append(lanes.permute(0, 2, 3, 1, 4).reshape(panels, blocks, width * 64))
+    return torch.cat(planes, dim=2)
 
 
 def unpack_codes(packed: Tensor, bits: int, n: int, k: int, packing: str = "tile16") -> Tensor:
@@ -133,6 +163,10 @@ def unpack_codes(packed: Tensor, bits: int, n: int, k: int, packing: str = "tile
         if packing == "rows":
             size = ceil_div(k * width, 8)
             part = _split(packed[:, start : start + size].unsqueeze(-1), width, per).flatten(1)[:, :k]
+        elif packing == "mma16":
+            size = padded_columns(bits, k) * width * PANEL // 8
+            fields = _split(_mma_bytes(packed[:, start : start + size]).unsqueeze(-1), width, per).squeeze(-1)
+            part = fields.permute(_MMA_BACK).flatten(3).flatten(0, 2)[:n, :k]
         else:
             size = width * 64
             tiles = packed[:, :, start : start + size].reshape(shape[0], shape[1], width, PANEL, 4)
@@ -154,12 +188,17 @@ def gather_codes(packed: Tensor, bits: int, k: int, rows: Tensor, packing: str =
     for shift, width, per in _plan(bits):
         if packing == "rows":
             size = ceil_div(k * width, 8)
-            lanes = packed[:, start : start + size][rows].unsqueeze(-1)
+            fields = _split(packed[:, start : start + size][rows].unsqueeze(-1), width, per)
+        elif packing == "mma16":
+            size = padded_columns(bits, k) * width * PANEL // 8
+            lanes = _mma_bytes(packed[:, start : start + size])[rows // PANEL, :, rows % PANEL // 8, rows % 8]
+            # [row, tile, t, word, b, i1, i0]: columns are tile, word, i0, i1, t, b.
+            fields = _split(lanes.unsqueeze(-1), width, per).squeeze(-1).permute(0, 1, 3, 6, 5, 2, 4)
         else:
             size = width * 64
             tiles = packed[:, :, start : start + size].reshape(packed.shape[0], packed.shape[1], width, PANEL, 4)
-            lanes = tiles[rows // PANEL, :, :, rows % PANEL]
-        part = _split(lanes, width, per).flatten(1)[:, :k]
+            fields = _split(tiles[rows // PANEL, :, :, rows % PANEL], width, per)
+        part = fields.flatten(1)[:, :k]
         codes = part if codes is None else codes | (part << shift)
         start += size
     assert codes is not None  # a width has at least one plane
@@ -195,6 +234,16 @@ def _plan(bits: int) -> Sequence[tuple[int, int, int]]:
         plan.append((shift, width, 8 // width))
         shift += width
     return plan
+
+
+# Rows are (panel, half, g), columns (tile, word, i0, i1, t, b): the dimensions in the order of the bytes, i0 inside them.
+_MMA_ORDER = (0, 3, 1, 2, 7, 4, 8, 6, 5)
+_MMA_BACK = (0, 2, 3, 1, 5, 8, 7, 4, 6)
+
+
+def _mma_bytes(plane: Tensor) -> Tensor:
+    """One plane of panels as `[P, tile, half, g, t, word, b, i1]`."""
+    return plane.reshape(plane.shape[0], plane.shape[1] // 1024, 2, 8, 4, 4, 2, 2)
 
 
 def _pad(codes: Tensor, n: int, k: int) -> Tensor:

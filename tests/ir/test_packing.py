@@ -18,7 +18,7 @@ from qcompile.ir.packing import (
 from qcompile.testing import oracles
 from qcompile.testing.strategies import code_matrices, shapes
 
-LAYOUTS = ("tile16", "rows")
+LAYOUTS = ("tile16", "mma16", "rows")
 widths = st.integers(1, 8)
 
 
@@ -37,6 +37,7 @@ def test_layouts_are_the_documented_loops(bits: int, data: st.DataObject) -> Non
     codes = data.draw(code_matrices(bits, max_side=18))
     assert torch.equal(pack_codes(codes, bits), oracles.pack_tile16(codes, bits))
     assert torch.equal(pack_codes(codes, bits, "rows"), oracles.pack_rows(codes, bits))
+    assert torch.equal(pack_codes(codes, bits, "mma16"), oracles.pack_mma16(codes, bits))
 
 
 def hexadecimal(block: Tensor, start: int, count: int) -> str:
@@ -109,12 +110,33 @@ def test_golden_bytes_of_rows() -> None:
     assert hexadecimal(pack_codes(codes, 6, "rows")[0], 0, 5) == "21 43 05 36 01"
 
 
+def test_golden_bytes_of_operands() -> None:
+    # Lane 0 holds columns 0, 1, 8, 9 of the first instruction: words' halves 0 and 1 (column mod 2), byte i1 (column
+    # div 8); the low nibbles are instruction 0, the high ones instruction 1 (columns 16..31). Word 1 begins at column 32.
+    codes = torch.zeros(17, 130, dtype=torch.uint8)
+    codes[0, :10] = torch.arange(1, 11)
+    codes[0, 16], codes[0, 32] = 15, 14
+    codes[8, 0] = 7  # the second half of the tile
+    codes[0, 128] = 6  # the second tile
+    codes[16, 3] = 5  # the second panel; column 3 is lane 1
+    packed = pack_codes(codes, 4, "mma16")
+    assert packed.shape == (2, 2 * 1024)
+    assert hexadecimal(packed[0], 0, 8) == "f1 09 02 0a 0e 00 00 00"
+    assert hexadecimal(packed[0], 16, 4) == "03 00 04 00"  # lane 1: columns 2, 3
+    assert hexadecimal(packed[0], 512, 4) == "07 00 00 00"
+    assert hexadecimal(packed[0], 1024, 4) == "06 00 00 00"
+    assert hexadecimal(packed[1], 16, 4) == "00 00 05 00"
+    assert int((packed != 0).sum()) == 14
+
+
 @given(widths, st.integers(0, 3), st.integers(0, 3), st.data())
 def test_packing_commutes_with_row_shards(bits: int, first: int, count: int, data: st.DataObject) -> None:
     codes = data.draw(code_matrices(bits))
     start, stop = first * PANEL, (first + count) * PANEL
     shard = codes[start:stop]
-    assert torch.equal(pack_codes(codes, bits)[first : first + count], pack_codes(shard, bits))
+    for packing in ("tile16", "mma16"):
+        whole = pack_codes(codes, bits, packing)
+        assert torch.equal(whole[first : first + count], pack_codes(shard, bits, packing))
     assert torch.equal(pack_codes(codes, bits, "rows")[start:stop], pack_codes(shard, bits, "rows"))
 
 
@@ -127,7 +149,7 @@ def test_scales_round_trip_and_pad(
     packed = pack_scales(scales, packing, pad)
     assert packed.dtype == dtype
     assert torch.equal(unpack_scales(packed, shape[0], packing), scales)
-    if packing == "tile16":
+    if packing != "rows":
         assert packed.shape[1:] == (shape[1], PANEL)
         rows = unpack_scales(packed, packed.shape[0] * PANEL)
         assert bool((rows[shape[0] :] == pad).all())
