@@ -12,12 +12,13 @@ horizontal sum is needed.
 Scales, zeros and minima: `[P, G, 16]` in their storage dtype.
 
 **mma16**, what the Triton kernels read: the operand of a tensor core's 16 x 16 instruction, as its registers hold it.
-Rows come in panels of 16; a plane of width w is cut into tiles of 16 rows x 512/w columns, 1 KB each, the tiles of one
-plane one after the other. Inside a tile the bytes are `[half h][lane][word][i1, b]`: lane `4 g + t` of a warp owns the 16
-bytes of row `8 h + g`, and bit field i0 of byte `i1 + 2 b` of its 32-bit word holds column
-`word * 128/w + 16 i0 + 8 i1 + 2 t + b`. So one 16-byte load per lane brings whole operands, and the fields of equal (i0, i1)
-of both half words are the two elements that a register of the instruction holds: one AND takes them out. Packed: uint8
-`[P, bytes of a panel]`, K padded with code 0 to whole tiles of every plane. Scales as in tile16.
+Rows come in panels of 16, columns in units of 512/v, v being the width of the narrowest plane; codes beyond N and K are 0.
+One unit is four words of 128/v columns, one word 8/v steps of 16 columns, one step one instruction. Of a unit, a plane of
+width w has w/v tiles of 1 KB; inside a tile the bytes are `[half h][lane][word][b, i1]`: lane `4 g + t` of a warp owns the
+16 bytes of row `8 h + g`, and bit field i of byte `i1 + 2 b` of a 32-bit word of tile j holds column
+`16 (8/w j + i) + 8 i1 + 2 t + b` of the word. So one 16-byte load per lane brings whole operands, the fields of equal
+(i, i1) of both half words are the two elements that one register of the instruction holds, and all planes of a code lie in
+the same word of the same lane. Packed: uint8 `[P, bytes of a panel]`, plane after plane, unit after unit. Scales: as tile16.
 
 **rows**, device neutral: per row, the planes one after the other, each `ceil(K*w/8)` bytes, column `c` in the
 bits `(c mod 8/w) * w ..` of byte `c div (8/w)`. Packed: uint8 `[N, sum ceil(K*w/8)]`; scales `[N, G]`.
@@ -61,14 +62,14 @@ def packed_shape(bits: int, n: int, k: int, packing: str = "tile16") -> tuple[in
     return (ceil_div(n, PANEL), ceil_div(k, BLOCK), bits * 64)
 
 
-def tile_columns(width: int) -> int:
-    """Columns of one mma16 tile of a plane: what 16 bytes hold for one row and one lane in four."""
-    return 512 // width
+def unit_columns(bits: int) -> int:
+    """Columns of one mma16 unit: what 16 bytes of the narrowest plane hold for one row and one lane in four."""
+    return 512 // min(bit_planes(bits))
 
 
 def padded_columns(bits: int, k: int) -> int:
-    """Columns that mma16 stores for a matrix of `k`: whole tiles of every plane (the narrowest has the longest)."""
-    unit = tile_columns(min(bit_planes(bits)))
+    """Columns that mma16 stores for a matrix of `k`: whole units."""
+    unit = unit_columns(bits)
     return ceil_div(k, unit) * unit
 
 
@@ -130,11 +131,11 @@ def pack_codes(codes: Tensor, bits: int, packing: str = "tile16") -> Tensor:
         return torch.cat(planes, dim=1)
     panels = ceil_div(n, PANEL)
     if packing == "mma16":
-        columns = padded_columns(bits, k)
-        padded = _pad(codes, panels * PANEL, columns)
+        units = ceil_div(k, unit_columns(bits))
+        padded = _pad(codes, panels * PANEL, units * unit_columns(bits))
         for shift, width, per in _plan(bits):
-            fields = padded.reshape(panels, 2, 8, columns // tile_columns(width), 4, per, 2, 4, 2).permute(_MMA_ORDER)
-            planes.append(_join(fields.unsqueeze(-1), shift, width).flatten(1))
+            fields = padded.reshape(panels, 2, 8, units, 4, _tiles(bits, width), per, 2, 4, 2)
+            planes.append(_join(fields.permute(_MMA_ORDER).unsqueeze(-1), shift, width).flatten(1))
         return torch.cat(planes, dim=1)
     blocks = ceil_div(k, BLOCK)
     padded = _pad(codes, panels * PANEL, blocks * BLOCK)
@@ -165,7 +166,8 @@ def unpack_codes(packed: Tensor, bits: int, n: int, k: int, packing: str = "tile
             part = _split(packed[:, start : start + size].unsqueeze(-1), width, per).flatten(1)[:, :k]
         elif packing == "mma16":
             size = padded_columns(bits, k) * width * PANEL // 8
-            fields = _split(_mma_bytes(packed[:, start : start + size]).unsqueeze(-1), width, per).squeeze(-1)
+            lanes = _mma_bytes(packed[:, start : start + size], _tiles(bits, width))
+            fields = _split(lanes.unsqueeze(-1), width, per).squeeze(-1)
             part = fields.permute(_MMA_BACK).flatten(3).flatten(0, 2)[:n, :k]
         else:
             size = width * 64
@@ -191,9 +193,10 @@ def gather_codes(packed: Tensor, bits: int, k: int, rows: Tensor, packing: str =
             fields = _split(packed[:, start : start + size][rows].unsqueeze(-1), width, per)
         elif packing == "mma16":
             size = padded_columns(bits, k) * width * PANEL // 8
-            lanes = _mma_bytes(packed[:, start : start + size])[rows // PANEL, :, rows % PANEL // 8, rows % 8]
-            # [row, tile, t, word, b, i1, i0]: columns are tile, word, i0, i1, t, b.
-            fields = _split(lanes.unsqueeze(-1), width, per).squeeze(-1).permute(0, 1, 3, 6, 5, 2, 4)
+            lanes = _mma_bytes(packed[:, start : start + size], _tiles(bits, width))
+            lanes = lanes[rows // PANEL, :, :, rows % PANEL // 8, rows % 8]
+            # [row, unit, j, t, word, b, i1, i]: columns are unit, word, j, i, i1, t, b.
+            fields = _split(lanes.unsqueeze(-1), width, per).squeeze(-1).permute(0, 1, 4, 2, 7, 6, 3, 5)
         else:
             size = width * 64
             tiles = packed[:, :, start : start + size].reshape(packed.shape[0], packed.shape[1], width, PANEL, 4)
@@ -236,14 +239,19 @@ def _plan(bits: int) -> Sequence[tuple[int, int, int]]:
     return plan
 
 
-# Rows are (panel, half, g), columns (tile, word, i0, i1, t, b): the dimensions in the order of the bytes, i0 inside them.
-_MMA_ORDER = (0, 3, 1, 2, 7, 4, 8, 6, 5)
-_MMA_BACK = (0, 2, 3, 1, 5, 8, 7, 4, 6)
+# Rows are (panel, half, g), columns (unit, word, j, i, i1, t, b): the dimensions in the order of the bytes, then i.
+_MMA_ORDER = (0, 3, 5, 1, 2, 8, 4, 9, 7, 6)
+_MMA_BACK = tuple(_MMA_ORDER.index(dim) for dim in range(10))
 
 
-def _mma_bytes(plane: Tensor) -> Tensor:
-    """One plane of panels as `[P, tile, half, g, t, word, b, i1]`."""
-    return plane.reshape(plane.shape[0], plane.shape[1] // 1024, 2, 8, 4, 4, 2, 2)
+def _tiles(bits: int, width: int) -> int:
+    """mma16 tiles that a plane has in a unit."""
+    return width // min(bit_planes(bits))
+
+
+def _mma_bytes(plane: Tensor, tiles: int) -> Tensor:
+    """One plane of panels as `[P, unit, j, half, g, t, word, b, i1]`."""
+    return plane.reshape(plane.shape[0], plane.shape[1] // (tiles * 1024), tiles, 2, 8, 4, 4, 2, 2)
 
 
 def _pad(codes: Tensor, n: int, k: int) -> Tensor:

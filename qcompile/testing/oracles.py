@@ -100,21 +100,23 @@ def pack_tile16(codes: Tensor, bits: int) -> Tensor:
 def pack_mma16(codes: Tensor, bits: int) -> Tensor:
     """The mma16 layout, one field at a time: where the PTX ISA says that element (row, column) of the 16 x 16 operand A
     lies (thread `4 * (row mod 8) + column mod 8 div 2`, register `2 * (column div 8) + row div 8`), and what `packing`
-    adds to that (whose word, which bit)."""
+    adds to that (whose word, which bits)."""
     n, k = codes.shape
-    panels, widest = (n + 15) // 16, max(512 // width for _, width in planes(bits))
-    columns = (k + widest - 1) // widest * widest
-    packed = torch.zeros(panels, columns * bits * 2, dtype=torch.int64)
+    narrow = min(width for _, width in planes(bits))
+    panels, units = (n + 15) // 16, (k + 512 // narrow - 1) // (512 // narrow)
+    packed = torch.zeros(panels, units * bits * 1024 // narrow, dtype=torch.int64)
     for row, column in product(range(n), range(k)):
         code, start = int(codes[row, column]), 0
+        unit, rest = divmod(column, 512 // narrow)
+        word, rest = divmod(rest, 128 // narrow)
+        step, inner = divmod(rest, 16)  # which instruction of the word, and where in it
+        thread, register, half = 4 * (row % 8) + inner % 8 // 2, 2 * (inner // 8) + row % 16 // 8, inner % 2
         for low, width in planes(bits):
-            step, inner = divmod(column, 16)  # which instruction, and where in it
-            thread, register, half = 4 * (row % 8) + inner % 8 // 2, 2 * (inner // 8) + row % 16 // 8, inner % 2
-            tile, word = divmod(step, 32 // width)  # 32/width instructions' worth of one lane's row fill 16 bytes
-            word, field = divmod(word, 8 // width)
-            byte = tile * 1024 + register % 2 * 512 + thread * 16 + word * 4 + register // 2 + half * 2
+            tile, field = divmod(step, 8 // width)
+            byte = (unit * (width // narrow) + tile) * 1024 + register % 2 * 512 + thread * 16 + word * 4
+            byte += register // 2 + half * 2
             packed[row // 16, start + byte] |= (code >> low) % 2**width << field * width
-            start += columns * width * 2
+            start += units * (width // narrow) * 1024
     return packed.to(torch.uint8)
 
 
