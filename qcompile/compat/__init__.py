@@ -41,6 +41,7 @@ from qcompile.compat.inductor import (
     inductor_options,
     inner_compile,
 )
+from qcompile.compat.jit import triton_kernel, triton_version
 from qcompile.compat.lowering import (
     contiguous,
     cpp_wrapper_active,
@@ -108,6 +109,8 @@ __all__ = [
     "skip_module_guards",
     "stride_hints",
     "trim_memory",
+    "triton_kernel",
+    "triton_version",
     "uncompiled",
     "unlimited_recompiles",
     "warm_cpp",

@@ -9,7 +9,6 @@ in `interpreter`.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,16 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from qcompile.compat.jit import triton_version as triton_version
 from qcompile.compat.interpreter import repair_floats, replace, replace_libdevice
-
-
-def triton_version() -> str | None:
-    """The version of the installed Triton, or None. torch's builds for CPUs come without it."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    import triton
-
-    return str(triton.__version__)
 
 
 def triton_modules() -> tuple[Any, Any]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from qcompile.compat.triton import interpreted, triton_version
+from qcompile.compat import triton_version
+from qcompile.compat.triton import interpreted
 from qcompile.errors import QCError
 
 _checked: set[str] = set()  # versions of Triton whose repaired interpreter was found to be right

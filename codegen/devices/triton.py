@@ -1,0 +1,143 @@
+"""Matmul kernels for GPUs, generated as Triton text.
+
+One text serves every matrix of a scheme; `Tile` says how it is cut for one call. Kernels need no GPU to be proven:
+`qcompile.testing.interpret` runs them over CPU tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from qcompile import compat
+from qcompile.codegen.devices.triton_text import TYPES, Layout, Text, weight_only
+from qcompile.codegen.registry import Verdict
+from qcompile.codegen.spec import KernelSpec
+from qcompile.ir.granularity import Nested, PerAxis, PerGroup, PerTensor
+from qcompile.ir.matmul import OUT_DTYPES
+from qcompile.ir.packing import ceil_div
+from qcompile.ir.scheme import Scheme
+
+MMA = 16  # columns of one tensor-core instruction: groups are whole instructions
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a kernel cuts its work.
+
+    Attributes:
+        rows: of x in a tile (at least 16, a power of two). columns: of y, a multiple of 16 and a power of two.
+        units: of the packing in one iteration; fewer where they do not divide K's. splits: blocks that share the sum over
+            K. stages: of the software pipeline. warps: of a block.
+    """
+
+    rows: int = 16
+    columns: int = 64
+    units: int = 1
+    splits: int = 1
+    stages: int = 3
+    warps: int = 4
+
+
+def _weight_reason(weight: Scheme) -> str:
+    """Why a weight scheme is not supported, "" when it is."""
+    granularity = weight.granularity.inner if isinstance(weight.granularity, Nested) else weight.granularity
+    outer = weight.granularity.outer if isinstance(weight.granularity, Nested) else PerTensor()
+    match granularity:
+        case PerTensor() | PerAxis(0):
+            pass
+        case PerGroup(size) if size % MMA == 0:
+            pass
+        case PerGroup(size):
+            return f"groups of {size} weights: the group must be a multiple of {MMA}"
+        case other:
+            return f"granularity {other} of the weight; tensor, axis0 and groups of {MMA}, {2 * MMA}, ... work"
+    if not isinstance(outer, PerTensor | PerGroup) and outer != PerAxis(0):
+        return f"outer granularity {outer} of the weight; tensor, axis0 and groups work"
+    if weight.packing != "mma16":
+        return f"packing {weight.packing}: Triton kernels read mma16"
+    return ""
+
+
+@dataclass(frozen=True)
+class TritonLowering:
+    """Lowering of `qmm` to Triton."""
+
+    op: str = "qmm"
+    device: str = "cuda"
+
+    def supports(self, spec: KernelSpec) -> Verdict:
+        """See `Lowering`. Reads no sizes, so a yes holds for every N and K."""
+        reason = _weight_reason(spec.weight)
+        if not reason and spec.act is not None:
+            reason = f"activation {spec.act}: weight-only kernels use activations as they are"
+        if not reason and not compat.triton_version():
+            reason = "Triton is not installed"
+        return Verdict(not reason, reason)
+
+
+@functools.lru_cache(maxsize=512)
+def text_of(spec: KernelSpec) -> Text:
+    """The text of a spec's kernel."""
+    return weight_only(spec)
+
+
+def fit(tile: Tile, layout: Layout, k: int) -> Tile:
+    """A tile whose units divide those of K, and of a group."""
+    units = math.gcd(tile.units, ceil_div(k, layout.unit))
+    if layout.units:
+        units = math.gcd(units, layout.units)
+    splits = min(tile.splits, ceil_div(k, layout.unit * units))
+    return Tile(tile.rows, tile.columns, units, splits, tile.stages, tile.warps)
+
+
+def run(
+    spec: KernelSpec,
+    x: torch.Tensor,
+    parts: Sequence[torch.Tensor],
+    extras: Sequence[torch.Tensor],
+    n: Sequence[int],
+    k: int,
+    tile: Tile,
+) -> torch.Tensor:
+    """Launch the kernel of `spec`.
+
+    Args:
+        x: `[M, k]`, its rows dense.
+        parts: packed parts of each segment, one after the other.
+        extras: "row" `[columns]`, or "mat" `[M, columns]` with dense rows.
+        n: rows of each segment.
+
+    Returns:
+        `[M, columns]` of dtype `spec.y`.
+    """
+    text = text_of(spec)
+    tile = fit(tile, text.layout, k)
+    m, columns = x.shape[0], n[0] if spec.paired else sum(n)
+    y = torch.empty(m, columns, dtype=OUT_DTYPES[spec.y], device=x.device)
+    if m == 0:
+        return y
+    tiles_n = ceil_div(n[0], tile.columns) if spec.paired else sum(ceil_div(size, tile.columns) for size in n)
+    tiles = ceil_div(m, tile.rows) * tiles_n
+    sums = spec.segments if spec.paired else 1
+    work = tickets = y
+    if tile.splits > 1:
+        work = torch.empty(tiles * tile.splits * sums * tile.rows * tile.columns, dtype=torch.float32, device=x.device)
+        tickets = torch.zeros(tiles, dtype=torch.int32, device=x.device)
+    mats = [e.stride(0) for e, (kind, _) in zip(extras, spec.extras, strict=True) if kind == "mat"]
+    step = len(parts) // spec.segments
+    operands = [p.view(torch.int32) if i % step == 0 else p for i, p in enumerate(parts)]
+    kernel = compat.triton_kernel(text.source)
+    kernel[tiles, tile.splits](
+        x, *operands, *extras, y, work, tickets, m, k, x.stride(0), *n, *mats, columns,
+        BM=tile.rows, BN=tile.columns, KC=tile.units, SPLIT=tile.splits, STAGES=tile.stages,
+        EVEN=k % text.layout.unit == 0, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return y
+
+
+__all__ = ["TYPES", "Tile", "TritonLowering", "fit", "run", "text_of"]

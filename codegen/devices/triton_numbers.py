@@ -1,0 +1,196 @@
+"""Packed codes to tensor-core operands, as Triton text derived from a format's fields and its planes' positions.
+
+A 32-bit word of the `mma16` packing holds, at the same place of its two halves, the two codes that one operand register
+of the instruction wants as 16-bit floats. So a few ANDs and shifts turn a word into two floats without a conversion:
+
+* an unsigned integer v at bit t of a half *is* the subnormal number v 2^t times the smallest one (2^-24 in fp16, 2^-133
+  in bf16), and one exact multiply-add gives v - z in a common unit ("subnormal"); or, with the exponent of 1024 (fp16) or
+  128 (bf16) put above it, the number 1024 + v 2^t, and the same multiply-add gives v - z ("magic");
+* a float's magnitude, moved to the end of the wider format's exponent field, is the same number times a power of two;
+* a table's entries are chosen by the bits of the code.
+
+Nothing here names a format: an entry of `FORMATS` is enough.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from qcompile.ir.formats import Format
+
+IntegerDecode = Literal["subnormal", "magic"]
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A 16-bit float that tensor cores multiply.
+
+    Attributes:
+        name: Triton's name. mantissa: its stored bits. bias: of the exponent. top: exponent of the largest power of two
+            that a multiplication by it may use.
+    """
+
+    name: str
+    mantissa: int
+    bias: int
+    top: int
+
+    @property
+    def smallest(self) -> int:
+        """Exponent of the smallest subnormal number."""
+        return 1 - self.bias - self.mantissa
+
+
+OPERANDS = {"f16": Operand("fp16", 10, 15, 15), "bf16": Operand("bf16", 7, 127, 120)}
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """How the codes of a format become operands.
+
+    Attributes:
+        fmt, operand: from what, to what.
+        unit: the operand is the number divided by 2**unit.
+        base: for integers, what is added to every code before `multiply` (see the module), else 0.
+        factor, offset: number = code * factor + offset for codes of integer formats.
+        kind: "int" (a multiply-add finishes it), "float" (a multiplication by a power of two, or nothing) or "table".
+        decode: how integers are read.
+    """
+
+    fmt: Format
+    operand: Operand
+    unit: int
+    kind: Literal["int", "float", "table"]
+    decode: IntegerDecode = "subnormal"
+    factor: int = 1
+    offset: int = 0
+
+    @staticmethod
+    def of(fmt: Format, dtype: str, *, exact: bool = False, decode: IntegerDecode = "subnormal") -> Numbers:
+        """The cheapest way for a format.
+
+        Args:
+            dtype: "f16" or "bf16".
+            exact: the operand is to be the number itself (unit 0) where that is possible; needed where a scale meets it.
+            decode: how integers are read where both ways work; codes of 8 bits have no room under bf16's magic.
+        """
+        operand = OPERANDS[dtype]
+        affine = _affine(fmt)
+        if affine is not None:
+            factor, offset = affine
+            fits = fmt.bits <= operand.mantissa
+            # fp16 cannot multiply by 2^24: in its subnormal numbers the unit stays, and a scale of the operand may overflow.
+            wanted: IntegerDecode = "magic" if exact and operand.name == "fp16" else decode
+            if wanted == "magic" and fits:
+                return Numbers(fmt, operand, 0, "int", "magic", factor, offset)
+            unit = -operand.smallest - operand.top + (factor - 1).bit_length()
+            return Numbers(fmt, operand, unit, "int", "subnormal", factor, offset)
+        if fmt.kind == "float":
+            # Left as it is, fp16 is small by a few binades, which costs nothing; bf16 is so small that its products are
+            # subnormal in fp32.
+            free = operand.name == "fp16" and not exact
+            return Numbers(fmt, operand, operand.bias - fmt.bias if free else 0, "float")
+        return Numbers(fmt, operand, 0, "table")
+
+    @property
+    def steps(self) -> int:
+        """Instructions' worth of columns in one word."""
+        return 8 // min(self.fmt.planes)
+
+    def multiplier(self, step: int) -> float:
+        """By what the bits of a step are multiplied."""
+        if self.kind == "float":
+            return 2.0 ** (self.operand.bias - self.fmt.bias - self.unit)
+        place = self._place(step)
+        if self.decode == "magic":
+            return self.factor * 2.0**-place
+        return self.factor * 2.0 ** (-self.operand.smallest - self.unit - place)
+
+    def constant(self, step: int) -> float:
+        """What is added after the multiplication when the zero point is 0, in the operand's unit."""
+        hidden = 0.0
+        if self.decode == "magic":
+            hidden = self.factor * 2.0 ** (self.operand.mantissa - self._place(step))
+        return self.offset * 2.0**-self.unit - hidden
+
+    def words(self, step: int) -> tuple[str, str]:
+        """Text of the 32-bit words whose halves are the operands of a step's first and second eight columns."""
+        first, second = (" | ".join(self._moves(step, i1)) for i1 in (0, 1))
+        if self.kind == "int" and self.decode == "magic":
+            exponent = (self.operand.bias + self.operand.mantissa) << self.operand.mantissa
+            first, second = (f"{text} | {_both(exponent)}" for text in (first, second))
+        return first, second
+
+    def table(self, code: str) -> str:
+        """Text that selects the entry of a code: one comparison for each bit."""
+
+        def tree(low: int, bit: int) -> str:
+            if bit < 0:
+                value = self.fmt.values[low]
+                return repr(value if math.isfinite(value) else 0.0)
+            return f"tl.where(({code} & {1 << bit}) != 0, {tree(low + (1 << bit), bit - 1)}, {tree(low, bit - 1)})"
+
+        return tree(0, self.fmt.bits - 1)
+
+    def _place(self, step: int) -> int:
+        """The bit of a half where an integer's lowest bit is left or put."""
+        width = self.fmt.planes[0]
+        place = step % (8 // width) * width
+        room = self.operand.mantissa + (self.decode == "subnormal")
+        # Magic adds factor * 2^(mantissa - place), which must have no more than mantissa + 1 bits with the offset in it.
+        least = self.factor.bit_length() - 1 if self.decode == "magic" else 0
+        return max(place, least) if max(place, least) + self.fmt.bits <= room else least
+
+    def _target(self, step: int) -> Iterator[tuple[int, int, int]]:
+        """(lowest bit in the code, its place in the half, count) of the runs of bits that move together."""
+        fmt = self.fmt
+        if self.kind == "float":
+            magnitude = fmt.exponent + fmt.mantissa
+            yield 0, self.operand.mantissa - fmt.mantissa, magnitude
+            if fmt.signed:
+                yield magnitude, 15, 1
+        elif self.kind == "table":
+            yield 0, 0, fmt.bits
+        else:
+            yield 0, self._place(step), fmt.bits
+
+    def _moves(self, step: int, i1: int) -> Iterator[str]:
+        """Terms of the OR that collects the bits of a code, each a shifted and masked word of a plane."""
+        for first, place, count in self._target(step):
+            low = 0
+            for plane, width in enumerate(self.fmt.planes):
+                start, stop = max(first, low), min(first + count, low + width)
+                if start < stop:
+                    per = 8 // width
+                    source = step % per * width + 8 * i1 + start - low
+                    target = place + start - first
+                    mask = ((1 << (stop - start)) - 1) << target
+                    yield f"({_shifted(f'q{plane}_{step // per}', source - target)} & {_both(mask)})"
+                low += width
+
+
+def _affine(fmt: Format) -> tuple[int, int] | None:
+    """(a, b) with value = a code + b for every code that is ever stored, `None` when there is none."""
+    if fmt.kind == "int":
+        return 1, -fmt.offset
+    values = fmt.table
+    if fmt.kind == "table" and len(values) > 1 and all(v == int(v) for v in values):
+        step, start = int(values[1] - values[0]), int(values[0])
+        if all(v == start + i * step for i, v in enumerate(values)):
+            return step, start
+    return None
+
+
+def _shifted(word: str, right: int) -> str:
+    if right == 0:
+        return word
+    return f"({word} >> {right})" if right > 0 else f"({word} << {-right})"
+
+
+def _both(half: int) -> str:
+    """A constant in both halves; as a negative number where its top bit is set, since it must fit int32."""
+    value = half << 16 | half
+    return hex(value) if value < 1 << 31 else f"-{hex((1 << 32) - value)}"

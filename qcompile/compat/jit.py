@@ -1,0 +1,33 @@
+"""Triton kernels from text."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from typing import Any
+
+
+@functools.cache
+def triton_version() -> str | None:
+    """The version of the installed Triton, or None. torch's builds for CPUs come without it."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    import triton
+
+    return str(triton.__version__)
+
+
+def triton_kernel(source: str) -> Any:
+    """The function `kernel` that a text defines, decorated by `triton.jit`; the same object for the same text.
+
+    Triton reads a kernel's source from its file, so the text lies in Inductor's code cache.
+    """
+    return _load(source, os.environ.get("TRITON_INTERPRET", ""))
+
+
+@functools.lru_cache(maxsize=1024)
+def _load(source: str, _interpreted: str) -> Any:  # a kernel is one for the interpreter, or not, from its decoration on
+    from torch._inductor.codecache import PyCodeCache
+
+    return PyCodeCache.load(source).kernel
