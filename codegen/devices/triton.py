@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from qcompile import compat
-from qcompile.codegen.devices.triton_text import TYPES, Layout, Text, weight_only
+from qcompile.codegen.devices.triton_text import Layout, Text, weight_only
 from qcompile.codegen.registry import Verdict
 from qcompile.codegen.spec import KernelSpec
 from qcompile.ir.granularity import Nested, PerAxis, PerGroup, PerTensor
@@ -103,6 +103,7 @@ def run(
     n: Sequence[int],
     k: int,
     tile: Tile,
+    text: Text | None = None,
 ) -> torch.Tensor:
     """Launch the kernel of `spec`.
 
@@ -111,11 +112,12 @@ def run(
         parts: packed parts of each segment, one after the other.
         extras: "row" `[columns]`, or "mat" `[M, columns]` with dense rows.
         n: rows of each segment.
+        text: another text for the same arguments than `text_of(spec)`.
 
     Returns:
         `[M, columns]` of dtype `spec.y`.
     """
-    text = text_of(spec)
+    text = text or text_of(spec)
     tile = fit(tile, text.layout, k)
     m, columns = x.shape[0], n[0] if spec.paired else sum(n)
     y = torch.empty(m, columns, dtype=OUT_DTYPES[spec.y], device=x.device)
@@ -140,4 +142,4 @@ def run(
     return y
 
 
-__all__ = ["TYPES", "Tile", "TritonLowering", "fit", "run", "text_of"]
+__all__ = ["Tile", "TritonLowering", "fit", "run", "text_of"]

@@ -1,0 +1,111 @@
+"""How far a Triton kernel may be from the exact product: bounds derived from its arithmetic, as code.
+
+Notation as in `cpu_bounds`: gamma(n) bounds the relative error of n roundings, A = sum over k of |operand| |x|. The unit
+of a rounding here is 2^-23: tensor cores add with fp32 accumulators and may cut instead of rounding (Fasi, Higham, Mikaitis
+and Pranesh, Numerical behavior of NVIDIA tensor cores, 2021, section 4); the interpreter, which rounds, is inside that.
+
+* Operands. Integer codes less a zero point, and the levels of a float format, are exact in 16 bits (at most 8 significant
+  ones), also between the multiplication and the subtraction. Entries of a table are rounded once. In mode "operand" the
+  scale is rounded, then its product with the number, then (with a minimum, itself rounded) the sum; for activations of fp32
+  all that is rounded to fp32.
+* Products of two 16-bit floats are exact in fp32 (at most 22 bits), those of fp32 are rounded.
+* Sums: one rounding per k, one per step and unit, one with each group's scale, split and the row's scale.
+
+Below the normal numbers a rounded operand is off by up to half the smallest subnormal number of its type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from qcompile.codegen.devices.triton_numbers import OPERANDS, Numbers
+from qcompile.codegen.devices.triton_text import Layout
+from qcompile.codegen.spec import KernelSpec
+from qcompile.ir.codec import part_names
+from qcompile.ir.granularity import Nested, PerGroup
+from qcompile.ir.packing import unpack_codes, unpack_scales
+from qcompile.ir.scales import load_scale
+
+UNIT = 2.0**-23
+ROUNDOFF = {"f16": 2.0**-11, "bf16": 2.0**-8, "f32": 2.0**-24}
+SMALLEST = {"f16": 2.0**-24, "bf16": 2.0**-133, "f32": 2.0**-149}
+
+
+def gamma(n: float) -> float:
+    """Relative error of `n` roundings of tensor cores."""
+    return n * UNIT / (1 - n * UNIT)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Exact sums before the epilogue, float64 `[m, n]`, and how far a kernel may be from them, elementwise."""
+
+    value: torch.Tensor
+    bound: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Terms:
+    """A decoded weight `[n, k]` in float64: its value, the size of the numbers it is made of, and how far the operand of
+    the kernel may be from it."""
+
+    value: torch.Tensor
+    size: torch.Tensor
+    error: torch.Tensor
+
+
+def terms(spec: KernelSpec, parts: Sequence[torch.Tensor], n: int, k: int) -> Terms:
+    """What one segment's packed parts stand for, and what the kernel makes of them."""
+    weight, operand = spec.weight, spec.x if spec.x != "f32" else "f16"
+    layout = Layout.of(weight)
+    numbers = Numbers.of(weight.format, operand, exact=layout.mode == "operand")
+    named = dict(zip(part_names(weight), parts, strict=True))
+    level = weight.format.levels().double()[unpack_codes(parts[0], weight.format.bits, n, k, weight.packing).long()]
+
+    def spread(t: torch.Tensor, group: int) -> torch.Tensor:
+        return unpack_scales(t, n, weight.packing).repeat_interleave(group, 1)[:, :k]
+
+    s = spread(load_scale(named["scales"], weight.scale.format), weight.group_size(k))
+    if weight.outer is not None and isinstance(weight.granularity, Nested):
+        outer = weight.granularity.outer
+        s = s * spread(load_scale(named["outer"], weight.outer.format), outer.size if isinstance(outer, PerGroup) else k)
+    s = s.double()
+    # The type that scales of operands are rounded to, and that entries of a table are.
+    unit = ROUNDOFF[spec.x]
+    tiny = SMALLEST[spec.x] / 2
+    number = level - spread(named["zeros"], weight.group_size(k)).double() if "zeros" in named else level
+    of_table = ROUNDOFF[spec.x] * number.abs() + tiny if numbers.kind == "table" else torch.zeros_like(number)
+    value, size = number * s, (number.abs() + of_table) * s
+    error = of_table * s
+    if layout.mode == "operand":
+        rounded = s * unit + tiny * 2.0**-numbers.unit
+        error = error + (number.abs() + of_table) * rounded
+        error = error + (size + error) * unit + tiny
+        size = size + error
+        if "mins" in named:
+            minimum = spread(load_scale(named["mins"], weight.scale.format), weight.group_size(k)).double()
+            error = error + minimum.abs() * unit + tiny
+            value = value + minimum
+            error = error + (value.abs() + error) * unit + tiny
+            size = value.abs() + error
+    return Terms(value, size, error)
+
+
+def expected(spec: KernelSpec, x: torch.Tensor, parts: Sequence[torch.Tensor], n: int, k: int) -> Expected:
+    """One segment's sums for finite `x[m, k]`."""
+    weight = terms(spec, parts, n, k)
+    wide = x.double()
+    layout = Layout.of(spec.weight)
+    steps = -(-k // layout.unit) * 8 // min(spec.weight.format.planes)
+    groups = -(-k // layout.group) if layout.group else 1
+    roundings = k + steps + groups + 8 + (k if spec.x == "f32" else 0)
+    # Sums below the normal numbers: one error of the smallest number for each rounding, with the row's scale where it waits.
+    waiting = weight.size.amax(1) / weight.value.abs().clamp_min(2.0**-149).amax(1).clamp_min(1) + 1
+    tiny = 2.0**-126 * roundings * (1 + waiting)
+    return Expected(
+        wide @ weight.value.T,
+        wide.abs() @ weight.error.T + gamma(roundings) * (wide.abs() @ weight.size.T) + tiny,
+    )

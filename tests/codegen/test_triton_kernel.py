@@ -1,0 +1,245 @@
+"""Generated Triton kernels against the exact product, in Triton's interpreter.
+
+Every bound is computed by `qcompile.codegen.devices.triton_bounds` from the kernel's own arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed: torch's builds for CPUs come without it")
+
+from qcompile.codegen.devices.triton import Tile, TritonLowering, run, text_of
+from qcompile.codegen.devices.triton_bounds import ROUNDOFF, SMALLEST, expected
+from qcompile.codegen.devices.triton_text import Layout
+from qcompile.codegen.spec import KernelSpec
+from qcompile.ir.codec import quantize
+from qcompile.ir.formats import FORMATS
+from qcompile.ir.matmul import OUT_DTYPES
+from qcompile.ir.packing import pack_codes, pack_scales
+from qcompile.ir.scheme import Scheme
+from qcompile.testing.interpret import interpret
+
+# Every format, with every way that scales meet it, and every kind of scale, zero and nesting.
+SCHEMES = [
+    *(f"{name}/axis0" for name in FORMATS),
+    *(f"{name}/g{16 * 2 ** (i % 4)}:fp16" for i, name in enumerate(FORMATS)),
+    "int4/g128:fp16",
+    "uint4/g256:fp16+z",
+    "uint4/g32:fp16+m",
+    "uint4/g64:fp16+z",
+    "uint8/axis0:fp32+z",
+    "uint3/axis0:bf16+m",
+    "int3/g512:bf16",
+    "e2m1/g32:e8m0",
+    "e3m2/g96:e8m0",
+    "e2m1/g16:e4m3/tensor:fp32",
+    "int4/g16:int8/g64:fp16",
+    "int4/g128:int8/axis0:fp32",
+    "uint4/g48:pow2+z/axis0:fp32",
+    "ternary/tensor",
+]
+DTYPES = list(OUT_DTYPES)
+TILES = [Tile(), Tile(units=2, columns=32), Tile(splits=3), Tile(rows=32, columns=16, units=4, splits=2)]
+
+
+def spec_of(weight: str, x: str = "f16", **more: object) -> KernelSpec:
+    return KernelSpec(Scheme.parse(f"{weight}@mma16"), None, x=x, **{"y": x, **more})  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interpreter() -> Iterator[None]:
+    with interpret():
+        yield
+
+
+def weight(n: int, k: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(n, k, generator=generator) + 0.3 * torch.randn(n, 1, generator=generator)) / 8
+
+
+def allowed(want: Tensor, bound: Tensor, dtype: str) -> Tensor:
+    """The sums' bound and the rounding to the result's type."""
+    return bound + ROUNDOFF[dtype] * (want.abs() + bound) + SMALLEST[dtype]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(
+    x=st.sampled_from(DTYPES),
+    tile=st.sampled_from(TILES),
+    m=st.integers(1, 20),
+    n=st.integers(1, 70),
+    k=st.integers(1, 70) | st.sampled_from([128, 130, 512, 600, 1024]),
+    pad=st.integers(0, 3),
+    seed=st.integers(0, 9),
+)
+def test_product(scheme: str, x: str, tile: Tile, m: int, n: int, k: int, pad: int, seed: int) -> None:
+    spec = spec_of(scheme, x)
+    parts = quantize(weight(n, k, seed), spec.weight)
+    torch.manual_seed(seed)
+    values = torch.randn(m, k + pad).to(OUT_DTYPES[x])[:, :k]
+    values[m // 2] = 0
+    y = run(spec, values, parts, [], [n], k, tile)
+    want = expected(spec, values, parts, n, k)
+    assert (y.shape, y.dtype) == ((m, n), OUT_DTYPES[x])
+    assert ((y.double() - want.value).abs() <= allowed(want.value, want.bound, x)).all()
+    assert (y[m // 2] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tile", TILES[1:], ids=str)
+def test_segments_and_extras(dtype: str, tile: Tile) -> None:
+    """Merged segments whose boundaries lie inside panels and tiles, and both kinds of extras."""
+    n, k, m = (21, 40, 3), 260, 19
+    spec = spec_of("int4/g128:fp16", dtype, segments=3, epilogue="acc*0.5+e0-e1", extras=(("row", "f32"), ("mat", dtype)))
+    torch.manual_seed(1)
+    x = torch.randn(m, k).to(OUT_DTYPES[dtype])
+    parts = [quantize(weight(size, k, i), spec.weight) for i, size in enumerate(n)]
+    extras = [torch.randn(sum(n)), torch.randn(m, sum(n) + 3).to(OUT_DTYPES[dtype])[:, : sum(n)]]
+    y = run(spec, x, [p for part in parts for p in part], extras, n, k, tile)
+    each = [expected(spec, x, part, size, k) for part, size in zip(parts, n, strict=True)]
+    acc, bound = torch.cat([e.value for e in each], 1), torch.cat([e.bound for e in each], 1)
+    want = acc * 0.5 + extras[0].double() - extras[1].double()
+    # three roundings to fp32 in the epilogue
+    bound = bound + 3 * 2.0**-24 * (acc.abs() + extras[0].abs() + extras[1].double().abs() + bound)
+    assert ((y.double() - want).abs() <= allowed(want, bound, dtype)).all()
+
+
+@pytest.mark.parametrize("tile", TILES[1:], ids=str)
+def test_pair_epilogue(tile: Tile) -> None:
+    """silu(a0) * a1 + e0: |silu'| < 1.1, so the error is at most 1.1 |a1| b0 + |silu(a0)| b1 + 1.1 b0 b1, and roundings."""
+    n, k, m = 37, 260, 18
+    spec = spec_of("uint4/g32:fp16+m", "bf16", y="f32", segments=2, epilogue="silu(a0)*a1+e0", extras=(("mat", "bf16"),))
+    torch.manual_seed(2)
+    x, extra = torch.randn(m, k).bfloat16(), torch.randn(m, n).bfloat16()
+    parts = [quantize(weight(n, k, i), spec.weight) for i in (3, 4)]
+    y = run(spec, x, [p for part in parts for p in part], [extra], [n, n], k, tile)
+    a, b = (expected(spec, x, part, n, k) for part in parts)
+    silu = torch.nn.functional.silu(a.value)
+    want = silu * b.value + extra.double()
+    error = 1.1 * b.value.abs() * a.bound + silu.abs() * b.bound + 1.1 * a.bound * b.bound
+    # silu is good to 4 units (3 of the sigmoid, 1 of the product); then one product and one sum
+    roundings = 6 * 2.0**-23 * (silu * b.value).abs() + 2.0**-23 * want.abs()
+    assert ((y.double() - want).abs() <= error + roundings).all()
+
+
+EPILOGUES = {
+    "exp(acc)": torch.exp,
+    "log(abs(acc)+1)": lambda v: (v.abs() + 1).log(),
+    "tanh(acc)": torch.tanh,
+    "erf(acc)": torch.erf,
+    "sigmoid(acc)": torch.sigmoid,
+    "relu(acc)": torch.relu,
+    "silu(acc)": torch.nn.functional.silu,
+    "-acc*0.5": lambda v: -v * 0.5,
+    "sqrt(abs(acc))": lambda v: v.abs().sqrt(),
+    "rsqrt(acc*acc+1)": lambda v: (v * v + 1).rsqrt(),
+    "maximum(acc,1.5)/3": lambda v: v.clamp_min(1.5) / 3,
+    "minimum(acc,0.5)-2": lambda v: v.clamp_max(0.5) - 2,
+}
+
+
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_epilogues(epilogue: str) -> None:
+    """Sums of small integers are exact, so what is left are the functions: at most three operations, each within 4 units of
+    fp32 of its value; exp and erf multiply an error of their argument by no more than the value and 1.2."""
+    spec = spec_of("int4/axis0", "f16", y="f32", epilogue=epilogue)
+    k = 128
+    codes = torch.randint(0, 16, (16, k), generator=torch.Generator().manual_seed(3)).to(torch.uint8)
+    parts = [pack_codes(codes, 4, "mma16"), pack_scales(torch.full((16, 1), 0.125), "mma16")]
+    x = torch.zeros(3, k, dtype=torch.float16)
+    x[:, :8] = torch.tensor([[1.0], [-0.5], [0.25]])
+    acc = x.double() @ ((codes.double() - 8) * 0.125).T
+    got, want = run(spec, x, parts, [], [16], k, Tile()).double(), EPILOGUES[epilogue](acc)
+    assert ((got - want).abs() <= 12 * 2.0**-23 * (want.abs() + 1e-3)).all()
+
+
+@pytest.mark.parametrize("name", ["relu(acc)", "maximum(acc,e0)", "minimum(acc,e0)"])
+def test_nan_goes_through(name: str) -> None:
+    spec = spec_of("int4/axis0", "f16", epilogue=name, extras=(("row", "f32"),) if "e0" in name else ())
+    parts = quantize(weight(16, 64, 0), spec.weight)
+    x = torch.ones(2, 64, dtype=torch.float16)
+    x[0, 3] = float("nan")
+    y = run(spec, x, parts, [torch.zeros(16)] if "e0" in name else [], [16], 64, Tile())
+    assert y[0].isnan().all()
+    assert y[1].isfinite().all()
+
+
+@pytest.mark.parametrize("scheme", ["int4/axis0", "uint4/g32:fp16+m", "int8/g64:fp16", "nf4/g64:fp16"])
+def test_a_bad_row_is_not_finite_and_others_are_untouched(scheme: str) -> None:
+    spec = spec_of(scheme, "bf16")
+    parts = quantize(weight(24, 200, 0), spec.weight)
+    x = torch.randn(6, 200).bfloat16()
+    clean = run(spec, x, parts, [], [24], 200, Tile())
+    x[1, 99], x[3, 0], x[4, 40] = float("nan"), float("inf"), -float("inf")
+    y = run(spec, x, parts, [], [24], 200, Tile())
+    bad = torch.tensor([False, True, False, True, True, False])
+    assert not y[bad].isfinite().any()
+    assert torch.equal(y[~bad], clean[~bad])
+
+
+@pytest.mark.parametrize("scheme", ["int8/axis0", "uint4/g128:fp16+z", "e4m3/axis0", "int3/g64:fp16"])
+def test_every_tile_gives_the_same_to_the_bit_without_splits(scheme: str) -> None:
+    """The order of the sum over K is the same for every tile of as many units; splits change it, always in the same way."""
+    spec = spec_of(scheme, "bf16")
+    parts, x = quantize(weight(50, 700, 0), spec.weight), torch.randn(35, 700).bfloat16()
+    first = run(spec, x, parts, [], [50], 700, Tile())
+    for tile in (Tile(rows=32), Tile(columns=16), Tile(columns=128, stages=1)):
+        assert torch.equal(run(spec, x, parts, [], [50], 700, tile), first)
+    split = [run(spec, x, parts, [], [50], 700, Tile(splits=2)) for _ in range(2)]
+    assert torch.equal(*split)
+
+
+def test_no_rows() -> None:
+    spec = spec_of("int4/g128:fp16")
+    y = run(spec, torch.empty(0, 256, dtype=torch.float16), quantize(weight(20, 256, 0), spec.weight), [], [20], 256, Tile())
+    assert y.shape == (0, 20)
+
+
+@pytest.mark.parametrize("decode", ["subnormal", "magic"])
+def test_every_code_is_exact_either_way(decode: str) -> None:
+    """x picks one column after the other: the result is the number itself, for every code and place in a unit."""
+    from qcompile.codegen.devices import triton_text
+
+    for name in ("uint2", "int3", "int4", "uint5", "int6", "uint7", "int8", "binary", "ternary"):
+        for dtype in ("f16", "bf16"):
+            spec = spec_of(f"{name}/axis0", dtype, y="f32")
+            fmt = spec.weight.format
+            k = Layout.of(spec.weight).unit
+            count = len(fmt.table) or 1 << fmt.bits
+            codes = (torch.arange(16)[:, None] * 37 + torch.arange(k)[None, :] * 11).remainder(count).to(torch.uint8)
+            parts = [pack_codes(codes, fmt.bits, "mma16"), pack_scales(torch.ones(16, 1), "mma16")]
+            text = triton_text.weight_only(spec, decode)  # type: ignore[arg-type]
+            y = run(spec, torch.eye(k).to(OUT_DTYPES[dtype]), parts, [], [16], k, Tile(), text)
+            assert torch.equal(y.T, fmt.levels()[codes.long()]), (name, dtype)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "act", "word"),
+    [
+        ("int4/g24:fp16@mma16", "", "multiple of 16"),
+        ("int4/b32x32@mma16", "", "b32x32"),
+        ("int4/axis1@mma16", "", "axis1"),
+        ("int4/g32:fp16", "", "tile16"),
+        ("int4/g32:fp16@mma16", "int8/token", "activation"),
+    ],
+)
+def test_refusals_have_a_reason(scheme: str, act: str, word: str) -> None:
+    verdict = TritonLowering().supports(KernelSpec(Scheme.parse(scheme), Scheme.parse(act) if act else None))
+    assert not verdict
+    assert word in verdict.reason
+
+
+def test_the_text_of_a_spec_is_always_the_same() -> None:
+    spec = spec_of("e3m2/g32:e8m0", "bf16")
+    text_of.cache_clear()
+    first = text_of(spec).source
+    text_of.cache_clear()
+    assert text_of(spec).source == first
