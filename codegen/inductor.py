@@ -21,10 +21,12 @@ import torch
 from torch import fx
 
 from qcompile import compat
-from qcompile.codegen.devices.cpu import CpuLowering
+from qcompile.codegen.devices.cpu import CpuLowering, detect_isa
+from qcompile.codegen.devices.triton import TritonLowering, text_of
 from qcompile.codegen.registry import Kernel, Verdict
 from qcompile.codegen.spec import KernelSpec
-from qcompile.ir.matmul import OUT_DTYPES, MatmulSpec
+from qcompile.ir.matmul import DTYPE_NAMES, OUT_DTYPES, MatmulSpec
+from qcompile.ir.scheme import Packing
 
 _ops = torch.ops.qcompile
 _POOL = ThreadPoolExecutor(2, thread_name_prefix="qcompile-build")
@@ -32,18 +34,30 @@ _POOL = ThreadPoolExecutor(2, thread_name_prefix="qcompile-build")
 
 def verdict(spec: MatmulSpec, device: torch.device, x: torch.dtype, extras: Sequence[torch.dtype] = ()) -> Verdict:
     """Whether a generated kernel exists for a matmul on a device."""
-    if device.type != "cpu":
-        return Verdict(False, f"no kernels for {device.type} yet")
     if x not in OUT_DTYPES.values():
         return Verdict(False, f"activations of dtype {x}")
-    y = OUT_DTYPES[spec.out] if spec.out else x
-    return CpuLowering().supports(KernelSpec.of(spec, x, y, tuple(extras)))
+    kernel = KernelSpec.of(spec, x, OUT_DTYPES[spec.out] if spec.out else x, tuple(extras))
+    if compat.writes_triton(device):
+        return TritonLowering().supports(kernel)
+    if device.type != "cpu":
+        return Verdict(False, f"no kernels for {device.type} yet")
+    return CpuLowering().supports(kernel)
+
+
+def kernel_name(device: torch.device) -> str:
+    """What the ledger calls the kernels of a device."""
+    return f"{device.type}-triton" if compat.writes_triton(device) else f"{device.type}-{detect_isa()}"
+
+
+def packing(device: torch.device) -> Packing:
+    """The layout that the kernels of a device read."""
+    return "mma16" if compat.writes_triton(device) else "tile16"
 
 
 def loses(spec: MatmulSpec, device: torch.device, x: torch.dtype, rows: int | None) -> str:
     """Why a float layer is faster than the generated kernel (see `verdict`) for so many rows, "" when it is not or the
     number of rows is open: one kernel then serves few rows as well."""
-    if device.type != "cpu" or rows is None:
+    if device.type != "cpu" or rows is None or compat.writes_triton(device):
         return ""
     return CpuLowering().loses(KernelSpec.of(spec, x, OUT_DTYPES[spec.out] if spec.out else x, ()), rows)
 
@@ -60,7 +74,8 @@ def prebuild(gm: fx.GraphModule) -> None:
             x, _, extras, text = node.args
             spec, dtype = MatmulSpec.parse(text), x.meta["val"].dtype
             dtypes = [extra.meta["val"].dtype for extra in extras]
-            if verdict(spec, x.meta["val"].device, dtype, dtypes).ok:
+            device = x.meta["val"].device
+            if not compat.writes_triton(device) and verdict(spec, device, dtype, dtypes).ok:
                 kernel = _kernel(spec, dtype, dtypes)
                 wanted[kernel.source] = kernel
     for kernel in wanted.values():
@@ -92,23 +107,22 @@ def dumping(folder: Path | None) -> Iterator[None]:
         _DUMP.reset(token)
 
 
-def _dump(kernel: Kernel) -> None:
+def _dump(spec: KernelSpec, source: str, comment: str, suffix: str) -> None:
     folder = _DUMP.get()
     if folder is not None:
         (folder / "kernels").mkdir(parents=True, exist_ok=True)
-        name = hashlib.sha256(kernel.source.encode()).hexdigest()[:12]
-        (folder / "kernels" / f"{name}.cpp").write_text(f"// {kernel.spec}\n{kernel.source}")
+        name = hashlib.sha256(source.encode()).hexdigest()[:12]
+        (folder / "kernels" / f"{name}.{suffix}").write_text(f"{comment} {spec}\n{source}")
 
 
 def _lower_qmm(x: Any, parts: Sequence[Any], extras: Sequence[Any], spec: str) -> Any:
     what = MatmulSpec.parse(spec)
-    dtypes = [extra.get_dtype() for extra in extras]
+    dtypes, device = [extra.get_dtype() for extra in extras], x.get_device()
     empty = any(size == 0 for size in x.get_size())  # nothing to compute, and no stride to honour
-    if empty or compat.cpp_wrapper_active() or not verdict(what, x.get_device(), x.get_dtype(), dtypes).ok:
+    if empty or compat.cpp_wrapper_active() or not verdict(what, device, x.get_dtype(), dtypes).ok:
         return compat.fallback(_ops.qmm.default)(x, parts, extras, spec)
     out = OUT_DTYPES[what.out] if what.out else x.get_dtype()
-    kernel = _kernel(what, x.get_dtype(), dtypes)
-    _dump(kernel)
+    kernel = KernelSpec.of(what, x.get_dtype(), out, dtypes)
 
     x = compat.rows_with_one_stride(x)
     mats = [
@@ -125,16 +139,23 @@ def _lower_qmm(x: Any, parts: Sequence[Any], extras: Sequence[Any], spec: str) -
         strides = [compat.row_stride(e) for e, kind in zip(mats, what.extras, strict=True) if kind == "mat"]
         return [rows, what.k, compat.row_stride(x), *what.n, *strides, what.columns]
 
-    return compat.extern_cpp_kernel(
-        name="qcompile_qmm",
-        argtypes=kernel.argtypes,
-        source=kernel.source,
-        inputs=[x, *map(compat.contiguous, parts), *mats],
-        scalars=scalars,
-        size=[*lead, what.columns],
-        dtype=out,
-        device=x.get_device(),
-    )
+    place: dict[str, Any] = {
+        "name": "qcompile_qmm",
+        "inputs": [x, *map(compat.contiguous, parts), *mats],
+        "scalars": scalars,
+        "size": [*lead, what.columns],
+        "dtype": out,
+        "device": device,
+    }
+    if compat.writes_triton(device):
+        _dump(kernel, text_of(kernel).source, "#", "py")
+        names = (spec, DTYPE_NAMES[x.get_dtype()], DTYPE_NAMES[out], tuple(DTYPE_NAMES[d] for d in dtypes))
+        return compat.extern_python_kernel(make=f"__import__({_TRITON!r}, fromlist=['prepare']).prepare{names!r}", **place)
+    built = CpuLowering().emit(kernel)
+    _dump(kernel, built.source, "//", "cpp")
+    return compat.extern_cpp_kernel(argtypes=built.argtypes, source=built.source, **place)
 
 
-__all__ = ["dumping", "install", "loses", "prebuild", "verdict"]
+_TRITON = "qcompile.codegen.devices.triton"
+
+__all__ = ["dumping", "install", "kernel_name", "loses", "packing", "prebuild", "verdict"]

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from qcompile.ir.matmul import MatmulSpec
+from qcompile.ir.scheme import Packing
 from qcompile.options import Options
 from qcompile.passes.fingerprint import describe
 from qcompile.plan.plan import Plan
@@ -60,6 +61,7 @@ class PassContext:
         store: the process-wide packed-weight store.
         inputs: example value of each placeholder, by name; parameters are the real ones.
         kernel: asks the lowerings about a matmul: `(spec, device, x dtype, rows or None) -> Kernel`.
+        packing: the layout that kernels of a device read.
         training: whether autograd is recording for this graph.
         packed: graph inputs that `freeze` added.
     """
@@ -70,6 +72,7 @@ class PassContext:
     store: Store
     inputs: dict[str, Any]
     kernel: Callable[[MatmulSpec, torch.device, torch.dtype, int | None], Kernel]
+    packing: Callable[[torch.device], Packing]
     training: bool = False
     packed: list[PackedInput] = field(default_factory=list)
 

@@ -144,6 +144,7 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -
         store=STORE,
         inputs=dict(zip(names, inputs, strict=True)),
         kernel=_ask_lowerings if compiler else _no_compiler,
+        packing=inductor.packing,
         training=torch.is_grad_enabled(),
     )
     PassManager(_stage(passes, "dynamo")).run(work, ctx, _dump(options, "dynamo"))
@@ -223,6 +224,7 @@ def fingerprint(passes: Sequence[Pass], ctx: PassContext) -> str:
         ctx.recipe.fingerprint(),
         ctx.options.fingerprint(),
         detect_isa(),
+        compat.triton_version() or "",
         compat.cpp_compiler() or "",
         compat.processor(),
     ]
@@ -234,7 +236,7 @@ def package_hash() -> str:
     """Hash of this package's own sources: a development tree changes more often than its version."""
     root, digest = Path(__file__).parent, hashlib.sha256()
     folders = {path.resolve() for path in (root, root / "passes", root / "codegen")}
-    for file in sorted(f for folder in folders for f in folder.rglob("*") if f.suffix in (".py", ".h", ".json")):
+    for file in sorted(f for folder in folders for f in folder.rglob("*") if f.suffix in (".py", ".h", ".jinja", ".json")):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 
@@ -267,7 +269,7 @@ def _dump(options: Options, stage: str) -> Path | None:
 def _ask_lowerings(spec: MatmulSpec, device: torch.device, dtype: torch.dtype, rows: int | None) -> Kernel:
     verdict = inductor.verdict(spec, device, dtype)
     slow = inductor.loses(spec, device, dtype, rows) if verdict.ok else ""
-    return Kernel(f"{device.type}-{detect_isa()}" if verdict.ok else "", slow or verdict.reason, bool(slow))
+    return Kernel(inductor.kernel_name(device) if verdict.ok else "", slow or verdict.reason, bool(slow))
 
 
 def _no_compiler(spec: MatmulSpec, device: torch.device, dtype: torch.dtype, rows: int | None) -> Kernel:

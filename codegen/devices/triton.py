@@ -10,6 +10,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from qcompile.codegen.devices.triton_text import Layout, Text, weight_only
 from qcompile.codegen.registry import Verdict
 from qcompile.codegen.spec import KernelSpec
 from qcompile.ir.granularity import Nested, PerAxis, PerGroup, PerTensor
-from qcompile.ir.matmul import OUT_DTYPES
+from qcompile.ir.matmul import OUT_DTYPES, MatmulSpec
 from qcompile.ir.packing import ceil_div
 from qcompile.ir.scheme import Scheme
 
@@ -95,6 +96,62 @@ def fit(tile: Tile, layout: Layout, k: int) -> Tile:
     return Tile(tile.rows, tile.columns, units, splits, tile.stages, tile.warps)
 
 
+class Matmul:
+    """The kernel of a spec as a callable over raw operands, for generated code.
+
+    One object serves every number of rows; what depends on them is decided at each call, on the host.
+    """
+
+    def __init__(self, spec: KernelSpec, text: Text | None = None) -> None:
+        self.spec, self.text = spec, text or text_of(spec)
+        self.kernel = compat.triton_kernel(self.text.source)
+        self.parts = 2 + (spec.weight.scale.zero is not None) + (spec.weight.outer is not None)
+
+    def __call__(self, x: torch.Tensor, *rest: Any, tile: Tile | None = None) -> None:
+        """Write y.
+
+        Args:
+            x: rows of k values.
+            rest: packed parts of each segment, extras, y, then the integers M, K, the row stride of x, the rows of each
+                segment, the row stride of each "mat" extra, and that of y.
+            tile: how to cut the work, in place of the tuned choice.
+        """
+        spec, segments = self.spec, self.spec.segments
+        count = segments * self.parts + len(spec.extras) + 1
+        operands, (m, k, ldx, *sizes) = list(rest[:count]), rest[count:]
+        if m == 0:
+            return
+        n = sizes[:segments]
+        tile = fit(tile or choose_tile(spec, n, k, m), self.text.layout, k)
+        for index in range(0, segments * self.parts, self.parts):
+            operands[index] = operands[index].view(torch.int32)
+        tiles = sum(ceil_div(size, tile.columns) for size in (n[:1] if spec.paired else n)) * ceil_div(m, tile.rows)
+        work = tickets = operands[-1]
+        if tile.splits > 1:
+            sums = segments if spec.paired else 1
+            size = tiles * tile.splits * sums * tile.rows * tile.columns
+            work = torch.empty(size, dtype=torch.float32, device=x.device)
+            tickets = torch.zeros(tiles, dtype=torch.int32, device=x.device)
+        self.kernel[tiles, tile.splits](
+            x, *operands, work, tickets, m, k, ldx, *sizes,
+            BM=tile.rows, BN=tile.columns, KC=tile.units, SPLIT=tile.splits, STAGES=tile.stages,
+            EVEN=k % self.text.layout.unit == 0, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+
+def choose_tile(spec: KernelSpec, n: Sequence[int], k: int, m: int) -> Tile:
+    """How to cut a product, from its sizes."""
+    rows = min(max(MMA, 1 << (m - 1).bit_length()), 128)
+    return Tile(rows=rows, columns=64 if rows <= 64 else 128, warps=4 if rows <= 64 else 8)
+
+
+@functools.lru_cache(maxsize=512)
+def prepare(spec: str, x: str, y: str, extras: tuple[str, ...]) -> Matmul:
+    """What generated code calls: the matmul of a canonical `MatmulSpec` for operands of these dtypes."""
+    what = MatmulSpec.parse(spec)
+    return Matmul(KernelSpec.of(what, x, y, extras))
+
+
 def run(
     spec: KernelSpec,
     x: torch.Tensor,
@@ -102,7 +159,7 @@ def run(
     extras: Sequence[torch.Tensor],
     n: Sequence[int],
     k: int,
-    tile: Tile,
+    tile: Tile | None = None,
     text: Text | None = None,
 ) -> torch.Tensor:
     """Launch the kernel of `spec`.
@@ -112,34 +169,17 @@ def run(
         parts: packed parts of each segment, one after the other.
         extras: "row" `[columns]`, or "mat" `[M, columns]` with dense rows.
         n: rows of each segment.
+        tile: how to cut the work, in place of the tuned choice.
         text: another text for the same arguments than `text_of(spec)`.
 
     Returns:
         `[M, columns]` of dtype `spec.y`.
     """
-    text = text or text_of(spec)
-    tile = fit(tile, text.layout, k)
-    m, columns = x.shape[0], n[0] if spec.paired else sum(n)
-    y = torch.empty(m, columns, dtype=OUT_DTYPES[spec.y], device=x.device)
-    if m == 0:
-        return y
-    tiles_n = ceil_div(n[0], tile.columns) if spec.paired else sum(ceil_div(size, tile.columns) for size in n)
-    tiles = ceil_div(m, tile.rows) * tiles_n
-    sums = spec.segments if spec.paired else 1
-    work = tickets = y
-    if tile.splits > 1:
-        work = torch.empty(tiles * tile.splits * sums * tile.rows * tile.columns, dtype=torch.float32, device=x.device)
-        tickets = torch.zeros(tiles, dtype=torch.int32, device=x.device)
+    columns = n[0] if spec.paired else sum(n)
+    y = torch.empty(x.shape[0], columns, dtype=OUT_DTYPES[spec.y], device=x.device)
     mats = [e.stride(0) for e, (kind, _) in zip(extras, spec.extras, strict=True) if kind == "mat"]
-    step = len(parts) // spec.segments
-    operands = [p.view(torch.int32) if i % step == 0 else p for i, p in enumerate(parts)]
-    kernel = compat.triton_kernel(text.source)
-    kernel[tiles, tile.splits](
-        x, *operands, *extras, y, work, tickets, m, k, x.stride(0), *n, *mats, columns,
-        BM=tile.rows, BN=tile.columns, KC=tile.units, SPLIT=tile.splits, STAGES=tile.stages,
-        EVEN=k % text.layout.unit == 0, num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    Matmul(spec, text)(x, *parts, *extras, y, x.shape[0], k, x.stride(0), *n, *mats, columns, tile=tile)
     return y
 
 
-__all__ = ["Tile", "TritonLowering", "fit", "run", "text_of"]
+__all__ = ["Matmul", "Tile", "TritonLowering", "choose_tile", "fit", "prepare", "run", "text_of"]

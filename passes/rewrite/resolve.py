@@ -17,7 +17,7 @@ from qcompile.errors import QCError, warn
 from qcompile.ir.granularity import Nested
 from qcompile.ir.matmul import MatmulSpec
 from qcompile.ir.packing import BLOCK
-from qcompile.ir.scheme import Scheme
+from qcompile.ir.scheme import PACKINGS, Scheme
 from qcompile.passes.base import Pass, PassContext, node_device
 from qcompile.passes.detect.canonicalize import canonicalize
 from qcompile.passes.detect.sites import SITE
@@ -65,7 +65,7 @@ class Resolve(Pass):
             site = ctx.plan.decisions[index].site
             weight = weight_of(argument(node, 1, "weight"), constants)
             assert weight is not None  # detect refuses sites without one
-            choice = _choose(ctx, site, weight)
+            choice = _packed_for(ctx, node, _choose(ctx, site, weight))
             choices.append(choice)
             _decide(ctx, site, choice, node)
         ctx.plan.unused_rules = ctx.recipe.unused(choices)
@@ -133,6 +133,14 @@ def _linears_of_buffers(graph: fx.Graph, ctx: PassContext) -> dict[int, Site]:
             why = why_not_constant(weight, roots)
             found[index] = replace(sites[index], kind="linear", n=elements(weight), k=1, refused=why)
     return found
+
+
+def _packed_for(ctx: PassContext, node: fx.Node, choice: Choice) -> Choice:
+    """The choice in the layout that the kernels of the site's device read, unless the recipe names one."""
+    scheme = choice.weight
+    if scheme is None or choice.reason == PACKED or scheme.packing != PACKINGS[0]:
+        return choice
+    return replace(choice, weight=replace(scheme, packing=ctx.packing(node_device(node))))
 
 
 def _refuse(ctx: PassContext, site: Site, reason: str) -> None:

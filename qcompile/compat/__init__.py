@@ -41,11 +41,12 @@ from qcompile.compat.inductor import (
     inductor_options,
     inner_compile,
 )
-from qcompile.compat.jit import triton_kernel, triton_version
+from qcompile.compat.jit import triton_kernel, triton_version, writes_triton
 from qcompile.compat.lowering import (
     contiguous,
     cpp_wrapper_active,
     extern_cpp_kernel,
+    extern_python_kernel,
     fallback,
     inductor_lowerings,
     register_fallback,
@@ -82,6 +83,7 @@ __all__ = [
     "direct_callable",
     "eager_parts",
     "extern_cpp_kernel",
+    "extern_python_kernel",
     "fake_mode",
     "fallback",
     "framed",
@@ -115,4 +117,5 @@ __all__ = [
     "unlimited_recompiles",
     "warm_cpp",
     "why_whole",
+    "writes_triton",
 ]

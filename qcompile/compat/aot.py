@@ -9,15 +9,19 @@ select, Triton prints to the file descriptors and keeps settings in the environm
 from __future__ import annotations
 
 import contextlib
+import faulthandler
+import importlib
 import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
 import re
+import resource
 import signal
 import subprocess
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -53,12 +57,18 @@ class Launch:
     @property
     def key(self) -> tuple[object, ...]:
         """Equal for launches that compile to the same code."""
-        return (self.function.src, self.name, repr(sorted(self.variants.items())), repr(sorted(self.options.items())))
+        return (id(self.function.fn), repr(sorted(self.variants.items())), repr(sorted(self.options.items())))
 
     @property
     def lines(self) -> tuple[str, int, str]:
-        """The kernel's file without folders, its first line, and its source text."""
-        return Path(self.function.fn.__code__.co_filename).name, self.function.starting_line_number, self.function.raw
+        """The kernel's file without folders, its first line, and its source text from there."""
+        function = self.function
+        return Path(function.fn.__code__.co_filename).name, function.starting_line_number, "".join(function.raw_src)
+
+    @property
+    def pointers(self) -> list[str]:
+        """The arguments that point to memory, descriptors included."""
+        return [name for name, type_ in self.variants["cuda"].types.items() if type_.startswith(("*", "tensordesc"))]
 
 
 @dataclass(frozen=True)
@@ -96,23 +106,32 @@ def kernel_function(kernel: object) -> Any:
 def _jit(kernel: Any) -> Any:
     from triton.runtime.jit import JITFunction
 
-    function = kernel if isinstance(kernel, JITFunction) else JITFunction(kernel.fn, **kernel.kwargs)
-    if not hasattr(function, "raw"):
-        function.raw = "".join(function.raw_src)
-    return function
+    return kernel if isinstance(kernel, JITFunction) else JITFunction(kernel.fn, **kernel.kwargs)
 
 
-def library_is_interpreted() -> bool:
-    """Whether Triton's own functions were decorated for its interpreter: the process was started with
-    TRITON_INTERPRET=1, and nothing that calls them can be compiled in it."""
+def is_compiled(f: object) -> bool:
+    """Whether `torch.compile` made this function or module."""
+    from torch._dynamo import OptimizedModule
+
+    return isinstance(f, OptimizedModule) or hasattr(f, "_torchdynamo_orig_callable")
+
+
+def only_interprets() -> bool:
+    """Whether nothing can be compiled now: Triton's functions are replaced by the interpreter's (`interpreted`), or
+    were decorated for it when the process was started with TRITON_INTERPRET=1."""
     import triton.language as tl
     from triton.runtime.jit import JITFunction
 
-    return not isinstance(tl.sum, JITFunction)
+    importlib.import_module("triton.compiler.code_generator")  # before anything is interpreted: see `_statics_anew`
+    return not isinstance(tl.sum, JITFunction) or JITFunction.__call__.__module__ != JITFunction.__module__
 
 
 def launch(
-    kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], aligned: Sequence[str], options: Mapping[str, Any]
+    kernel: Any,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    aligned: Sequence[str],
+    options: Mapping[str, Any],
 ) -> Launch:
     """A launch that was never made: types of the arguments by name, constants by name, names divisible by 16."""
     names = list(kernel.arg_names)
@@ -131,7 +150,9 @@ def noted(*, run: bool) -> Iterator[list[Launch]]:
 
     For use within `triton.interpreted`.
     """
+    from torch._inductor import graph
     from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+    from torch._inductor.utils import tensor_is_aligned
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
@@ -160,6 +181,8 @@ def noted(*, run: bool) -> Iterator[list[Launch]]:
 
     found: list[Launch] = []
     with ExitStack() as stack:
+        # Inductor takes the inputs of a graph on a GPU for aligned when they are, those on a CPU never.
+        pass
         replace_run(CachingAutotuner, lambda tuner, args, kwargs: _of_inductor(tuner))
         replace_run(JITFunction, _of_user)
         replace_run(InterpretedFunction, _of_user)
@@ -178,6 +201,7 @@ def _of_inductor(tuner: Any) -> Launch:
         tuner.fn = old
     # Inductor gives these to CUDA alone, and here it compiles for a CPU.
     options |= {key: meta[key] for key in ("launch_pdl", "launch_cooperative_grid") if key in meta}
+    options |= {"enable_reflect_ftz": False} if meta.get("disable_ftz") else {}
     variant = Variant(meta["signature"], meta["constants"], meta["configs"][0])
     return Launch(function.__name__, function, {"cuda": variant, "hip": variant}, options)
 
@@ -210,35 +234,41 @@ def build(jobs: Sequence[Job]) -> list[Built | Failed]:
 
     triton_key()  # reads all of Triton's files: once here, and not once in every process
     results: dict[int, Built | Failed] = {}
-    fork = multiprocessing.get_context("fork")
-    cores = len(os.sched_getaffinity(0))
-    waiting, running = list(range(len(jobs)))[::-1], {}
+    waiting = list(range(len(jobs)))[::-1]
+    running: dict[int, tuple[Any, Path, float]] = {}  # the process, its folder, when it must have ended
     with tempfile.TemporaryDirectory(prefix="qcompile-aot-") as folder:
         try:
             while waiting or running:
-                while waiting and len(running) < cores:
+                while waiting and len(running) < len(os.sched_getaffinity(0)):
                     number = waiting.pop()
                     place = Path(folder) / str(number)
                     place.mkdir()
-                    process = fork.Process(target=_child, args=(*jobs[number], place))
-                    process.start()
-                    running[number] = process, place, time.monotonic() + SECONDS
+                    running[number] = _started(*jobs[number], place), place, time.monotonic() + SECONDS
                 first = min(end for *_, end in running.values()) - time.monotonic()
                 multiprocessing.connection.wait([p.sentinel for p, *_ in running.values()], timeout=max(first, 0.0))
                 for number, (process, place, end) in list(running.items()):
-                    if process.is_alive() and time.monotonic() > end:
+                    if late := process.is_alive() and time.monotonic() > end:
                         process.kill()
                         process.join()
                     if not process.is_alive():
                         process.join()
-                        results[number] = _result(process.exitcode, place)
-                        process.close()
+                        told = Failed(f"compiling took longer than {SECONDS} s")
+                        results[number] = told if late else _result(process.exitcode, place)
                         del running[number]
         finally:
             for process, *_ in running.values():
                 process.kill()
                 process.join()
     return [results[number] for number in range(len(jobs))]
+
+
+def _started(entry: Launch, target: tuple[str, int | str, int], place: Path) -> Any:
+    process = multiprocessing.get_context("fork").Process(target=_child, args=(entry, target, place))
+    with warnings.catch_warnings():
+        # Python warns of locks that other threads may hold: the child takes none of torch's, and waits for no thread.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        process.start()
+    return process
 
 
 def _result(exitcode: int | None, place: Path) -> Built | Failed:
@@ -264,6 +294,8 @@ def _child(entry: Launch, target: tuple[str, int | str, int], place: Path) -> No
     log = os.open(place / "log", os.O_CREAT | os.O_WRONLY)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    faulthandler.disable()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.environ["TRITON_CACHE_DIR"] = str(place)
     os.environ.pop("TRITON_INTERPRET", None)
     try:
@@ -282,6 +314,7 @@ def _compile(entry: Launch, target: tuple[str, int | str, int], place: Path) -> 
 
     triton.knobs.cache.dir = str(place)
     triton.knobs.compilation.always_compile = True
+    _statics_anew()
     _decorate_anew(entry.function, set())
     variant = entry.variants[target[0]]
     source = ASTSource(entry.function, variant.types, variant.constants, variant.attributes)
@@ -291,7 +324,7 @@ def _compile(entry: Launch, target: tuple[str, int | str, int], place: Path) -> 
     if "cubin" in kernel.asm:
         binary = place / "kernel.cubin"
         binary.write_bytes(kernel.asm["cubin"])
-        texts["sass"] = _tool("nvdisasm", "-c", "-gi", binary)
+        texts["sass"] = _tool("nvdisasm", "-c", "-gp", binary)
         registers = re.search(r"\bREG:(\d+)", _tool("cuobjdump", "-res-usage", binary))
     else:
         registers = re.search(r"^\s*\.vgpr_count:\s+(\d+)", texts["amdgcn"], re.M)
@@ -304,6 +337,16 @@ def _compile(entry: Launch, target: tuple[str, int | str, int], place: Path) -> 
         tensor_memory=int(getattr(metadata, "tmem_size", None) or 0),
         threads=int(metadata.num_warps) * target[2],
     )
+
+
+def _statics_anew() -> None:
+    """Triton's compiler keeps a table of functions of `triton.language` (static_assert) from when it is imported. If
+    that was while a kernel was interpreted, the table has the interpreter's in their place, and asserts nothing."""
+    import triton.language as tl
+    from triton.compiler import code_generator
+
+    if tl.core.static_assert not in code_generator.CodeGenerator.statically_implemented_functions:
+        importlib.reload(code_generator)
 
 
 def _decorate_anew(function: Any, done: set[int]) -> None:

@@ -7,6 +7,8 @@ import importlib.util
 import os
 from typing import Any
 
+import torch
+
 
 @functools.cache
 def triton_version() -> str | None:
@@ -31,3 +33,14 @@ def _load(source: str, _interpreted: str) -> Any:  # a kernel is one for the int
     from torch._inductor.codecache import PyCodeCache
 
     return PyCodeCache.load(source).kernel
+
+
+def writes_triton(device: torch.device) -> bool:
+    """Whether Inductor generates Triton for tensors of a device: on GPUs, and on CPUs where it is told to."""
+    if device.type in ("cuda", "xpu"):
+        return True
+    if device.type != "cpu":
+        return False
+    from torch._inductor import config
+
+    return bool(config.cpu_backend == "triton")

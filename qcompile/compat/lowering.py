@@ -95,12 +95,42 @@ def extern_cpp_kernel(
     The text is built with Inductor's C++ builder, once per distinct text, in parallel with Inductor's own
     kernels.
     """
+    body = f"async_compile.cpp_pybinding({list(argtypes)!r}, r'''{framed(source)}''')\n"
+    return _extern(name, body, inputs, scalars, size, dtype, device)
+
+
+def extern_python_kernel(
+    *,
+    name: str,
+    make: str,
+    inputs: Sequence[Any],
+    scalars: Callable[[], Sequence[Any]],
+    size: Sequence[Any],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Any:
+    """An IR node that calls `(make)(inputs..., output, scalars...)` from the generated wrapper.
+
+    Args:
+        make: a Python expression for the callable, evaluated once when the generated code is loaded.
+    """
+    return _extern(name, make, inputs, scalars, size, dtype, device)
+
+
+def _extern(
+    name: str,
+    body: str,
+    inputs: Sequence[Any],
+    scalars: Callable[[], Sequence[Any]],
+    size: Sequence[Any],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Any:
     from torch._inductor import ir
     from torch._inductor.virtualized import V
 
-    class CppCall(ir.ExternKernelOut):
+    class Call(ir.ExternKernelOut):
         def codegen(self, wrapper: Any) -> None:
-            body = f"async_compile.cpp_pybinding({list(argtypes)!r}, r'''{framed(source)}''')\n"
             kernel = wrapper.src_to_kernel.get(body)
             if kernel is None:
                 kernel = wrapper.src_to_kernel[body] = f"{name}_{wrapper.next_kernel_suffix()}"
@@ -117,4 +147,4 @@ def extern_cpp_kernel(
 
     stride = ir.FlexibleLayout.contiguous_strides(list(size))
     layout = ir.FixedLayout(device, dtype, list(size), stride)
-    return ir.TensorBox.create(CppCall(layout=layout, inputs=list(inputs), python_kernel_name=name))
+    return ir.TensorBox.create(Call(layout=layout, inputs=list(inputs), python_kernel_name=name))

@@ -2,32 +2,36 @@
 
 The text of a disassembler says more about a kernel's speed than any source does: a load of 2 bytes where 16 were meant,
 a conversion by the slow unit, an operand that takes the way through shared memory, registers that spill. All of this
-can be counted without a device. Two dialects are read: NVIDIA's SASS as `nvdisasm -c -gi` prints it, and the assembly
+can be counted without a device. Two dialects are read: NVIDIA's SASS as `nvdisasm -c -gp` prints it, and the assembly
 that LLVM writes for AMD (AMDGCN). Loops are natural loops of the control-flow graph, so code that the assembler moved
 out of line counts where it is executed.
 """
 
 from __future__ import annotations
 
+import ast
 import re
+import textwrap
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-Place = tuple[str, int]  # a file's name without folders, and a line
+Place = tuple[str, int, int]  # a file's name without folders, a line, and a column, from 0
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction: its opcode with modifiers, where it may continue, and the source line it came from.
+    """One instruction: its opcode with modifiers, where it may continue, and the place in the source it came from.
 
-    `targets` are the labels it may jump to; `falls` says whether the next instruction may follow; `place` is the line
-    in the outermost function (that of the kernel, where helpers are inlined), or None when the compiler kept none.
+    `targets` are the labels it may jump to; `falls` says whether the next instruction may follow; `never` that it is
+    there to be issued only (`@!PT LDS`, which waits for something); `place` is in the outermost function (the kernel's,
+    where helpers are inlined), or None when the compiler kept none.
     """
 
     opcode: str
     targets: tuple[str, ...] = ()
     falls: bool = True
+    never: bool = False
     place: Place | None = None
 
 
@@ -45,11 +49,13 @@ class Counts:
 
     Attributes:
         instructions: all of them, without the padding. Each is issued once per warp.
-        mma: matrix instructions by opcode, the shape included (`HMMA.16816.F32`, `v_mfma_f32_32x32x8_f16`).
+        mma: matrix instructions by opcode, the shape included (`HMMA.16816.F32`, `UTCHMMA.128x128x16`,
+            `v_mfma_f32_32x32x8_f16`).
         loads: loads from global memory by opcode: registers (LDG), asynchronous to shared memory (LDGSTS), TMA
-            (UTMALDG), global_load and buffer_load on AMD. `width` gives the bytes per thread.
-        operands: the same loads by the kernel's pointer arguments; `"a, b"` where one line loads from both, `""` where
-            the compiler kept no line.
+            (UTMALDG), global_load and buffer_load on AMD, and s_load, one for all lanes, where it loads an operand. `width`
+            gives the bytes per thread.
+        operands: the same loads by the kernel's pointer arguments; `"a, b"` where an address is made of both, `""`
+            where the compiler did not keep the place.
         stores: stores and atomics to global memory by opcode.
         shared: shared-memory instructions by family: LDS, STS, LDSM, STSM; ds_read, ds_write on AMD.
         shuffles: exchanges between the lanes of a warp (SHFL; permutes and DPP moves on AMD).
@@ -83,7 +89,6 @@ class Counts:
         return max(map(width, self.operands.get(operand, {})), default=0)
 
 
-
 def _starts(*patterns: str) -> re.Pattern[str]:
     return re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
 
@@ -104,11 +109,15 @@ _KINDS: Mapping[str, re.Pattern[str]] = {
     "barriers": _starts(r"BAR\b", r"s_barrier"),
     "spills": _starts(r"(?:STL|LDL)\b", r"scratch_(?:load|store)_"),
 }
+# Bytes by the last part of an opcode that tells: of SASS (4 when none does), then of AMDGCN.
 _WIDTHS = {
-    **{"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32},  # modifiers of SASS; 4 without one
-    **{"ubyte": 1, "sbyte": 1, "ushort": 2, "sshort": 2, "short": 2, "byte": 1},
-    **{"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16},
-    **{"b32": 4, "b64": 8, "b96": 12, "b128": 16},
+    **dict.fromkeys(("U8", "S8", "ubyte", "sbyte", "byte"), 1),
+    **dict.fromkeys(("U16", "S16", "ushort", "sshort", "short"), 2),
+    **dict.fromkeys(("64", "dwordx2", "b64"), 8),
+    **dict.fromkeys(("dwordx3", "b96"), 12),
+    **dict.fromkeys(("128", "dwordx4", "b128"), 16),
+    **dict.fromkeys(("256", "dwordx8"), 32),
+    **dict.fromkeys(("dwordx16",), 64),
 }
 
 
@@ -119,17 +128,22 @@ def width(opcode: str) -> int:
     return next((_WIDTHS[part] for part in reversed(re.split(r"[._]", opcode)) if part in _WIDTHS), 4)
 
 
-def parse_sass(text: str) -> Code:
-    """Read what `nvdisasm -c -gi` prints. Padding (NOP) is left out."""
+def parse_sass(text: str, ptx: str = "") -> Code:
+    """Read what `nvdisasm -c -gp` prints, which names the line of the PTX that each instruction came from; the PTX in
+    turn names the place in the source, and the shapes of tcgen05. Padding (NOP) is left out."""
+    places, shapes, shape = _places_of_ptx(ptx), _shapes_of_ptx(ptx), ""
     reader = _Reader()
     for line in text.splitlines():
-        if found := _PLACE.search(line):
-            reader.place = (found[1].rpartition("/")[2], int(found[2]))  # of several, the outermost comes last
+        if found := _PTX_LINE.match(line):
+            number = int(found[1])
+            reader.place, shape = places.get(number), shapes.get(number, "")
         elif found := _LABEL.match(line):
             reader.label(found[1])
         elif (found := _SASS.match(line)) and found[2] != "NOP":
             guard, opcode, operands = found.groups()
-            reader.add(opcode, operands, conditional=bool(guard) or re.match(r"!?U?[PR]", operands) is not None)
+            conditional = bool(guard) or re.match(r"!?U?[PR]\w*,", operands) is not None
+            opcode += shape if re.fullmatch(r"UTC[A-Z]*MMA", opcode) else ""
+            reader.add(opcode, operands, conditional=conditional, never=guard in ("!PT", "!UPT"))
     return reader.code()
 
 
@@ -138,8 +152,7 @@ def parse_amdgcn(text: str) -> Code:
     reader = _Reader()
     for line in text.splitlines():
         if line.startswith("\t.loc"):
-            places = re.findall(r"([^\s:@\[]+):(\d+):\d+", line.partition(";")[2])
-            reader.place = (places[-1][0], int(places[-1][1])) if places else None
+            reader.place = _place(line.partition(";")[2])
         elif found := _LABEL.match(line):
             reader.label(found[1])
         elif found := _AMD.match(line):
@@ -148,9 +161,40 @@ def parse_amdgcn(text: str) -> Code:
     return reader.code()
 
 
-_PLACE = re.compile(r'^\s*//## File "([^"]*)", line (\d+)\b(?! inlined)')
+def _places_of_ptx(ptx: str) -> dict[int, Place | None]:
+    places, place = {}, None
+    for number, line in enumerate(ptx.splitlines(), 1):
+        if line.startswith("\t.loc"):
+            place = _place(line.partition("//")[2])
+        places[number] = place
+    return places
+
+
+def _shapes_of_ptx(ptx: str) -> dict[int, str]:
+    """The shape MxNxK of every tcgen05.mma, by line, from its instruction descriptor (PTX ISA, "Instruction descriptor":
+    N / 8 in bits 17-22, M / 16 in bits 24-28), a constant in a register; K is 32 bytes of the operands' kind."""
+    known = {name: int(value) for name, value in re.findall(r"mov\.b32\s+(%r\d+), (-?\d+);", ptx)}
+    shapes = {}
+    for number, line in enumerate(ptx.splitlines(), 1):
+        found = re.search(r"tcgen05\.mma\S*\.kind::(\w+)\s+\[[^]]*\], *(?:%\w+|\[[^]]*\]), *%\w+, *(%r\d+)", line)
+        if found and found[1] in _K and found[2] in known:
+            descriptor = known[found[2]]
+            shapes[number] = f".{(descriptor >> 24 & 31) * 16}x{(descriptor >> 17 & 63) * 8}x{_K[found[1]]}"
+    return shapes
+
+
+_K = {"tf32": 8, "f16": 16, "i8": 32, "f8f6f4": 32}
+
+
+def _place(comment: str) -> Place | None:
+    """The outermost of `helper.py:3:4 @[ kernel.py:20:8 ]`: the place in the kernel itself."""
+    found = re.findall(r"([^\s\[\]]+):(\d+):(\d+)", comment)
+    return (found[-1][0], int(found[-1][1]), int(found[-1][2])) if found and int(found[-1][1]) else None
+
+
+_PTX_LINE = re.compile(r'^\s*//## File "[^"]*nv_debug_ptx_txt[^"]*", line (\d+)')
 _LABEL = re.compile(r"^(\.L\w+):")
-_SASS = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+\{?\s*(?:@(?!U?PT\b)(!?\w+)\s+)?(?:@!?U?PT\s+)?([A-Z][\w.]*)\s*(.*)")
+_SASS = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+\{?\s*(?:@(?!U?PT\b)(!?\w+)\s+)?(?:@U?PT\s+)?([A-Z][\w.]*)\s*(.*)")
 _AMD = re.compile(r"^\t((?:s|v|ds|global|buffer|flat|scratch)_\w+)(?:\s+([^;]*))?")
 _JUMPS = re.compile(r"(?:BRA|BRX|JMP|JMX|s_branch|s_cbranch_\w+)(?:\.|$)")
 _ENDS = re.compile(r"(?:EXIT|RET|KILL|s_endpgm|s_setpc_b64)(?:\.|$)")
@@ -165,41 +209,52 @@ class _Reader:
     def label(self, name: str) -> None:
         self.labels[name] = len(self.instructions)
 
-    def add(self, opcode: str, operands: str | None, *, conditional: bool) -> None:
+    def add(self, opcode: str, operands: str | None, *, conditional: bool, never: bool = False) -> None:
         jumps, ends = _JUMPS.match(opcode) is not None, _ENDS.match(opcode) is not None
         targets = tuple(re.findall(r"\.L\w+", operands or "")) if jumps else ()
         falls = conditional if jumps or ends else True
-        self.instructions.append(Instruction(opcode, targets, falls, self.place))
+        self.instructions.append(Instruction(opcode, targets, falls, never, self.place))
 
     def code(self) -> Code:
         return Code(tuple(self.instructions), self.labels)
 
 
-def count(instructions: Iterable[Instruction], pointers: Mapping[Place, str] | None = None) -> Counts:
-    """Count instructions by kind. `pointers` names the pointer arguments that the loads of a source line read."""
-    total = spilled = 0
+def count(instructions: Iterable[Instruction], pointers: Callable[[Place | None], str] = lambda _: "") -> Counts:
+    """Count instructions by kind. `pointers` names the pointer arguments that a place in the source loads from."""
+    total = 0
     kinds: dict[str, Counter[str]] = {kind: Counter() for kind in _KINDS}
     operands: dict[str, Counter[str]] = {}
     for instruction in instructions:
         total += 1
-        opcode = instruction.opcode
-        kind = next((kind for kind, pattern in _KINDS.items() if pattern.match(opcode)), None)
-        if kind is None:
-            continue
-        key = re.split(r"2?[._]|2st64", opcode)[0] if kind == "shared" and opcode.isupper() else opcode
-        kinds[kind][key] += 1
-        if kind == "loads":
-            name = (pointers or {}).get(instruction.place, "") if instruction.place else ""
+        opcode, kind = instruction.opcode, _kind(instruction)
+        if kind == "loads" or opcode.startswith("s_load_"):
+            name = pointers(instruction.place)
+            if kind != "loads" and not name:
+                continue  # a scalar load of the kernel's own arguments
             operands.setdefault(name, Counter())[opcode] += 1
-        spilled += width(opcode) if kind == "spills" else 0
+            kind = "loads"
+        if kind is not None:
+            kinds[kind][opcode] += 1
     return Counts(
         instructions=total,
-        **{kind: dict(kinds[kind]) for kind in ("mma", "loads", "stores")},
-        operands={name: dict(found) for name, found in operands.items()},
+        mma=dict(kinds["mma"]),
+        loads=dict(kinds["loads"]),
+        operands={name: dict(found) for name, found in sorted(operands.items())},
+        stores=dict(kinds["stores"]),
         shared=_families(kinds["shared"]),
-        **{k: kinds[k].total() for k in ("shuffles", "i2f", "arrives", "setmaxnreg", "barriers")},
-        spill_bytes=spilled,
+        shuffles=kinds["shuffles"].total(),
+        i2f=kinds["i2f"].total(),
+        arrives=kinds["arrives"].total(),
+        setmaxnreg=kinds["setmaxnreg"].total(),
+        barriers=kinds["barriers"].total(),
+        spill_bytes=sum(width(opcode) * number for opcode, number in kinds["spills"].items()),
     )
+
+
+def _kind(instruction: Instruction) -> str | None:
+    if instruction.never:
+        return None
+    return next((kind for kind, pattern in _KINDS.items() if pattern.match(instruction.opcode)), None)
 
 
 def _families(opcodes: Mapping[str, int]) -> dict[str, int]:
@@ -218,7 +273,7 @@ def main_loop(code: Code) -> tuple[Instruction, ...]:
     """
     bodies = loops(code)
     for kind in ("mma", "loads"):
-        scored = [(sum(_KINDS[kind].match(code.instructions[i].opcode) is not None for i in b), len(b), b) for b in bodies]
+        scored = [(sum(_kind(code.instructions[i]) == kind for i in body), len(body), body) for body in bodies]
         working = [entry for entry in scored if entry[0]]
         inner = [entry for entry in working if not any(other[2] < entry[2] for other in working)]
         if inner:
@@ -309,3 +364,70 @@ def _dominators(successors: Sequence[Sequence[int]]) -> list[int]:
             changed |= new != dominators[block]
             dominators[block] = new
     return dominators
+
+
+def pointers_of(file: str, first: int, source: str, pointers: Collection[str]) -> Callable[[Place | None], str]:
+    """Tell which of a kernel's pointer arguments a place in its source loads from.
+
+    Args:
+        file, first, source: the kernel's file without folders, the line it starts in, and its text from there.
+        pointers: the names of the arguments.
+
+    Returns:
+        A function for `count`. It finds the load (or the call of a helper) around the place, and names the arguments
+        that its address is made of, through assignments: `"a"`, `"a, b"` when there are several, `""` for none.
+    """
+    indent = len(source) - len(source.lstrip(" "))
+    tree = ast.parse(textwrap.dedent(source))
+    made_of: dict[str, set[str]] = {name: {name} for name in pointers}
+
+    def origins(*nodes: ast.AST) -> set[str]:
+        found: set[str] = set()
+        pending = list(nodes)
+        while pending:
+            node = pending.pop()
+            if isinstance(node, ast.Name):
+                found |= made_of.get(node.id, set())
+            if not _is_load(node):  # what was loaded is no address any more
+                pending += ast.iter_child_nodes(node)
+        return found
+
+    assigned = [pair for node in ast.walk(tree) for pair in _assignments(node)]
+    size = -1
+    while size != (size := sum(map(len, made_of.values()))):
+        for target, value in assigned:
+            new = origins(value)
+            for name in [at.id for at in ast.walk(target) if isinstance(at, ast.Name)]:
+                made_of[name] = made_of.get(name, set()) | new
+    spans = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and node.end_lineno is not None and node.end_col_offset is not None:
+            address = [node.func, *node.args[:1]] if _is_load(node) else [*node.args, *(k.value for k in node.keywords)]
+            start = (node.lineno + first - 1, node.col_offset + indent)
+            end = (node.end_lineno + first - 1, node.end_col_offset + indent)
+            if names := origins(*address):
+                spans.append((start, end, ", ".join(sorted(names))))
+    spans.reverse()  # inner calls come after outer ones in a walk
+
+    def named(place: Place | None) -> str:
+        if place is None or place[0] != file:
+            return ""
+        return next((names for start, end, names in spans if start <= place[1:] <= end), "")
+
+    return named
+
+
+def _assignments(node: ast.AST) -> list[tuple[ast.expr, ast.expr]]:
+    """Targets and values; those of `a, b = c, d` one by one."""
+    if isinstance(node, ast.AugAssign | ast.AnnAssign):
+        return [(node.target, node.value)] if node.value else []
+    pairs = [(target, node.value) for target in node.targets] if isinstance(node, ast.Assign) else []
+    for target, value in list(pairs):
+        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts):
+            pairs.remove((target, value))
+            pairs += zip(target.elts, value.elts, strict=True)
+    return pairs
+
+
+def _is_load(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "load"

@@ -43,9 +43,8 @@ def context(gm: fx.GraphModule, inputs: Sequence[Any], recipe: Any = RECIPE, **o
     def kernel(spec: Any, device: torch.device, dtype: torch.dtype, rows: int | None) -> Kernel:
         return Kernel("some-kernel" if inductor.verdict(spec, device, dtype).ok else "", "none")
 
-    return PassContext(
-        Options(**options), Recipe.of(recipe), Plan(), STORE, dict(zip(names, inputs, strict=True)), kernel
-    )
+    given = dict(zip(names, inputs, strict=True))
+    return PassContext(Options(**options), Recipe.of(recipe), Plan(), STORE, given, kernel, inductor.packing)
 
 
 def run(passes: Sequence[Pass], gm: fx.GraphModule, ctx: PassContext) -> str:

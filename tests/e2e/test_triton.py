@@ -1,0 +1,107 @@
+"""Whole graphs through Inductor's Triton path, every kernel in the interpreter: what is launched, and what comes out."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+pytest.importorskip("triton", reason="triton is not installed: torch's builds for CPUs come without it")
+
+from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
+
+from qcompile import explain
+from qcompile.codegen.devices.triton_bounds import ROUNDOFF
+from qcompile.ir.matmul import DTYPE_NAMES
+from qcompile.testing.interpret import interpret
+from tests.e2e.support import compiled, decoded, noise_bound
+
+DTYPES = [torch.float16, torch.bfloat16]
+
+
+class Gated(nn.Module):
+    """RMSNorm, linear, silu(gate) * up, linear with a residual: a decoder's feed-forward half."""
+
+    def __init__(self, d: int = 128, h: int = 256) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(d))
+        self.first = nn.Linear(d, d)
+        self.gate = nn.Linear(d, h, bias=False)
+        self.up = nn.Linear(d, h, bias=False)
+        self.down = nn.Linear(h, d, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        y = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype) * self.scale
+        y = F.gelu(self.first(y))
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+@pytest.fixture(autouse=True)
+def interpreter() -> Iterator[None]:
+    with torch.no_grad(), interpret():
+        yield
+
+
+def gated(dtype: torch.dtype) -> Gated:
+    torch.manual_seed(0)
+    return Gated().to(dtype).eval()
+
+
+def close(got: Tensor, model: Gated, x: Tensor, scheme: str) -> bool:
+    """As the float model with the decoded weights, but for roundings: an input of a linear is rounded by the norm (twice),
+    the gate (twice) or the result before, an operand of a kernel at most three times, a result once."""
+    exact = decoded(copy.deepcopy(model).double(), scheme)
+    bound = noise_bound(exact, x, step=8 * ROUNDOFF[DTYPE_NAMES[x.dtype]])
+    residual = ROUNDOFF[DTYPE_NAMES[x.dtype]] * float(got.abs().max())
+    return float((got.double() - exact(x.double())).abs().max()) <= bound + residual
+
+
+def launches(code: str) -> list[str]:
+    """Kernels that generated code calls, in order: ours, and Inductor's."""
+    return re.findall(r"^ *(?:\w+ = )?(qcompile_qmm|triton_\w+?)(?:_\d+)?(?:\.run)?\(", code, re.M)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_kernel_for_each_matmul_with_its_end(dtype: torch.dtype) -> None:
+    """Bias and gelu, silu(gate) * up from two accumulators, and the residual are ends of matmul kernels; the norm is one
+    kernel of Inductor's; no input of the graph and no buffer in it is a weight in floats."""
+    model, x = gated(dtype), torch.randn(5, 128, dtype=dtype)
+    out, (code,) = run_and_get_code(compiled(model, "uint4/g32:fp16+m"), x)
+    called = launches(code.partition("def call(")[2].partition("return")[0])
+    assert [name for name in called if name == "qcompile_qmm"] == ["qcompile_qmm"] * 3
+    assert len(called) == 4
+    specs = re.findall(r"prepare\('(.*?)'", code)
+    assert sorted(re.findall(r"\b(gelu|erf|exp|e0)\b", " ".join(specs))) == ["e0", "e0", "e0", "erf", "exp"]
+    floats = re.findall(r"(?:rand_strided|empty_strided_cpu)\(\((\d+), (\d+)\).*?torch\.(?:float16|bfloat16|float32)", code)
+    assert floats
+    assert all(5 in map(int, shape) for shape in floats)  # activations; the others are vectors and packed scales
+    assert close(out, model, x, "uint4/g32:fp16+m")
+
+
+@pytest.mark.parametrize("scheme", ["int8/axis0", "e4m3/axis0", "nf4/g64:fp16", "ternary/axis0", "int4/g128:fp16"])
+def test_schemes(scheme: str) -> None:
+    model, x = gated(torch.bfloat16), torch.randn(7, 128, dtype=torch.bfloat16)
+    assert close(compiled(model, scheme)(x), model, x, scheme)
+
+
+def test_one_graph_serves_every_number_of_rows() -> None:
+    model = gated(torch.bfloat16)
+    counters.clear()
+    call = compiled(model, "int4/g128:fp16", dynamic=True)
+    for rows in (2, 3, 17, 40, 130):
+        x = torch.randn(rows, 128, dtype=torch.bfloat16)
+        assert close(call(x), model, x, "int4/g128:fp16")
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_the_ledger_names_the_kernels() -> None:
+    report = explain(gated(torch.float16), torch.randn(2, 128, dtype=torch.float16), recipe="int4")
+    assert {row.kernel for row in report.rows} == {"cpu-triton"}
+    assert report.coverage == 1.0

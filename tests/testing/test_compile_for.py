@@ -1,0 +1,602 @@
+"""Kernels compiled for GPUs that are not there: what is counted is what is in the code, and nothing stays."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from qcompile.compat import aot
+from qcompile.errors import QCError
+from qcompile.testing import compile_for as module
+from qcompile.testing.compile_for import TARGETS, Report, Target, compile_for, compile_kernel, table
+from qcompile.testing.interpret import interpret
+from qcompile.testing.sass import Instruction, count, loops, main_loop, parse_amdgcn, parse_sass, pointers_of, width
+
+triton = pytest.importorskip("triton", reason="triton is not installed: torch's builds for CPUs come without it")
+
+import triton.language as tl  # noqa: E402
+from torch._inductor.utils import run_and_get_code  # noqa: E402
+
+ALL = ("sm_80", "sm_90", "sm_100", "gfx942")
+PROBLEM = {"a": "*fp16", "b": "*fp16", "c": "*fp16", "K": "i32", "stride": "i32"}
+ALIGNED = tuple(PROBLEM)
+
+
+@triton.jit
+def matmul(a, b, c, K, stride, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    i = tl.arange(0, BM)[:, None]
+    j = tl.arange(0, BN)[None, :]
+    k = tl.arange(0, BK)
+    acc = tl.zeros((BM, BN), tl.float32)
+    here, there = a + i * stride + k[None, :], b + k[:, None] * BN + j
+    for _ in range(0, K, BK):
+        acc = tl.dot(tl.load(here), tl.load(there), acc)  # both loads on one line
+        here += BK
+        there += BK * BN
+    tl.store(c + i * BN + j, acc.to(tl.float16))
+
+
+@triton.jit
+def specialised(a, b, c, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    to_a = tl.make_tensor_descriptor(a, [M, K], [K, 1], [BM, BK])
+    to_b = tl.make_tensor_descriptor(b, [N, K], [K, 1], [BN, BK])
+    acc = tl.zeros((BM, BN), tl.float32)
+    for k in tl.range(0, K, BK, warp_specialize=True):
+        acc = tl.dot(to_a.load([0, k]), to_b.load([0, k]).T, acc)
+    tl.store(c + tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :], acc)
+
+
+@triton.jit
+def fetch(p, i):
+    return tl.load(p + i)
+
+
+@triton.jit
+def add(x, y, out, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(out + i, fetch(x, i) + tl.load(y + i))
+
+
+@triton.jit
+def row_sum(x, out, N: tl.constexpr):
+    tl.store(out, tl.sum(tl.load(x + tl.arange(0, N)), 0))
+
+
+@triton.jit
+def to_float(x, out, N: tl.constexpr, FLOAT: tl.constexpr):
+    i = tl.arange(0, N)
+    v = tl.load(x + i)
+    tl.store(out + i, v.to(tl.float32) if FLOAT else v)
+
+
+@triton.jit
+def refuses(x, N: tl.constexpr):
+    tl.static_assert(N == 0, "N must be nothing")
+
+
+@triton.autotune(configs=[triton.Config({"N": 64}, num_warps=2), triton.Config({"N": 128}, num_warps=8)], key=[])
+@triton.jit
+def tuned(x, out, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(out + i, tl.load(x + i) + 1)
+
+
+@pytest.fixture(scope="module")
+def matmuls() -> dict[str, Report]:
+    """One tile of 128 x 128 x 64 by 4 warps, for every kind of matrix unit."""
+    tile = {"BM": 128, "BN": 128, "BK": 64}
+    return compile_kernel(matmul, PROBLEM, tile, aligned=ALIGNED, targets=ALL)
+
+
+# Each target's matrix instruction, with its shape, and how many of its units work on a tile.
+SHAPES = {
+    "sm_80": (r"HMMA\.(16)(8)(16)\.F32", 4),  # the four warps
+    "sm_90": (r"HGMMA\.(\d+)x(\d+)x(\d+)\.F32", 1),  # a group of four warps
+    "sm_100": (r"UTCHMMA\.(\d+)x(\d+)x(\d+)", 1),  # one thread for the block
+    "gfx942": (r"v_mfma_f32_(\d+)x(\d+)x(\d+)_f16", 4),
+}
+
+
+@pytest.mark.parametrize("target", ALL)
+def test_the_loop_of_a_matmul_does_its_work_exactly(matmuls: dict[str, Report], target: str) -> None:
+    report = matmuls[target]
+    pattern, units = SHAPES[target]
+    done = 0
+    for opcode, number in report.loop.mma.items():
+        found = re.fullmatch(pattern, opcode)
+        assert found, opcode
+        done += number * math.prod(map(int, found.groups())) * units
+    assert done == 128 * 128 * 64
+    # Each operand's tile is loaded once per iteration, 16 bytes at a time.
+    threads = 4 * TARGETS[target].warp
+    assert report.threads == threads
+    for operand in ("a", "b"):
+        loaded = sum(width(opcode) * number for opcode, number in report.loop.operands[operand].items())
+        assert loaded * threads == 128 * 64 * 2
+        assert report.loop.widest_of(operand) == 16
+    assert set(report.loop.operands) == {"a", "b"}
+    assert report.loop.widest == 16
+    assert report.loop.widest_of("c") == 0
+    assert report.loads == report.loop.loads
+    assert not report.loop.stores
+    assert report.whole.stores
+    assert 64 < report.loop.instructions < report.whole.instructions
+    assert report.fits
+    assert report.spill_bytes == 0
+
+
+def test_where_operands_come_from(matmuls: dict[str, Report]) -> None:
+    """HMMA takes both operands from registers, by LDSM; HGMMA and tcgen05 read shared memory themselves."""
+    assert matmuls["sm_80"].loop.shared == {"LDSM": 32}  # 2 x (64 x 64 halves for each of 2 x 2 warps) / (4 x 8 x 8)
+    assert matmuls["sm_90"].loop.shared == {}
+    assert matmuls["sm_100"].loop.shared == {}
+    assert set(matmuls["gfx942"].loop.shared) == {"ds_read", "ds_write"}
+    assert matmuls["sm_90"].loop.arrives == 1
+    assert matmuls["sm_80"].whole.arrives == 0
+    assert matmuls["sm_100"].tensor_memory == 128  # columns of 32 bits: those of the accumulator
+    assert matmuls["sm_90"].tensor_memory == 0
+
+
+def test_texts(matmuls: dict[str, Report]) -> None:
+    assert "wgmma.mma_async" in matmuls["sm_90"].ptx
+    assert "HGMMA" in matmuls["sm_90"].sass
+    assert "v_mfma" in matmuls["gfx942"].sass
+    assert matmuls["gfx942"].ptx == ""
+    assert all("ttg.num-warps" in report.ttgir for report in matmuls.values())
+
+
+def test_descriptions(matmuls: dict[str, Report]) -> None:
+    text = str(matmuls["sm_90"])
+    assert text.startswith("matmul on sm_90: 128 threads, ")
+    assert "8 HGMMA.64x128x16.F32, 8 a LDGSTS.E.BYPASS.128, 8 b LDGSTS.E.BYPASS.128, 1 arrives" in text
+    assert "DOES NOT FIT" not in text
+    console = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(table(list(matmuls.values())))
+    shown = console.export_text()
+    assert all(target in shown for target in ALL)
+    assert "a: 8 LDGSTS.E.BYPASS.128" in shown
+
+
+def test_spills_are_those_that_the_assembler_tells() -> None:
+    """An accumulator of 128 x 64 in one warp takes 256 registers of each thread, of which there are 255."""
+    tile = {"BM": 128, "BN": 64, "BK": 16}
+    report = compile_kernel(matmul, PROBLEM, tile, aligned=ALIGNED, targets="sm_80", num_warps=1)["sm_80"]
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "k.ptx").write_text(report.ptx)
+        ptxas = [triton.knobs.nvidia.ptxas.path, "-v", "-lineinfo", "--gpu-name=sm_80"]
+        # Triton 3.7 adds an option; either way the numbers must be those of the assembler.
+        ptxas += ["--regAllocOptLevel=2"] if triton.__version__ >= "3.7" else []
+        done = subprocess.run([*ptxas, "k.ptx", "-o", "k.o"], cwd=folder, capture_output=True, text=True, check=True)
+    told = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    assert told
+    assert report.spill_bytes == int(told[1]) + int(told[2]) > 0
+    assert f"Used {report.registers} registers" in done.stderr
+    assert report.registers == TARGETS["sm_80"].register_limit
+    assert 0 < report.loop.spill_bytes < report.spill_bytes
+
+
+def test_spills_on_amd() -> None:
+    """512 registers for each of 64 threads: 128 KiB, of which the accumulator of 128 x 128 is half."""
+    tile = {"BM": 128, "BN": 128, "BK": 32}
+    options = {"num_warps": 1, "num_stages": 2}
+    report = compile_kernel(matmul, PROBLEM, tile, aligned=ALIGNED, targets="gfx942", **options)["gfx942"]
+    assert report.registers == TARGETS["gfx942"].register_limit
+    spilled = re.search(r"vgpr_spill_count: (\d+)", report.sass)
+    assert spilled
+    # Each spilled register is stored at least once, and loaded at least once.
+    assert report.spill_bytes >= 2 * 4 * int(spilled[1]) > 0
+
+
+def test_shared_memory_beyond_the_limit_is_reported() -> None:
+    """Two stages of 64 x 256 halves for each operand are 128 KiB: more than 99 KiB, less than 163."""
+    tile = {"BM": 64, "BN": 64, "BK": 256}
+    reports = compile_kernel(matmul, PROBLEM, tile, aligned=ALIGNED, targets=("sm_86", "sm_80"), num_stages=3)
+    assert [(report.shared, report.shared_limit) for report in reports.values()] == [(131072, 101376), (131072, 166912)]
+    assert [report.fits for report in reports.values()] == [False, True]
+    assert "shared 131072 of 101376 DOES NOT FIT" in str(reports["sm_86"])
+
+
+def test_too_many_threads_do_not_fit() -> None:
+    """16 warps are 512 threads on NVIDIA's devices, and 1024 on AMD's, which is the limit; warps are powers of two."""
+    types = {"x": "*fp32", "y": "*fp32", "out": "*fp32"}
+    for warps, fits in ((16, True), (32, False)):
+        report = compile_kernel(add, types, {"N": 4096}, targets="gfx942", num_warps=warps)["gfx942"]
+        assert report.threads == 64 * warps
+        assert report.fits == fits
+
+
+def test_alignment_decides_the_width_of_loads() -> None:
+    types = {"x": "*fp16", "y": "*fp16", "out": "*fp16"}
+    wide = compile_kernel(add, types, {"N": 1024}, targets=("sm_80", "gfx942"))
+    narrow = compile_kernel(add, types, {"N": 1024}, aligned=["y"], targets=("sm_80", "gfx942"))
+    # 1024 elements of 2 bytes: 8 for each of 128 threads, 4 for each of 256. x is read in a helper that is inlined.
+    assert wide["sm_80"].whole.operands == {"x": {"LDG.E.128": 1}, "y": {"LDG.E.128": 1}}
+    assert narrow["sm_80"].whole.operands["y"] == {"LDG.E.128": 1}
+    assert narrow["sm_80"].whole.operands["x"] == {"LDG.E.U16": 8}
+    assert narrow["sm_80"].whole.widest_of("x") == 2
+    assert wide["sm_80"].loads == {"LDG.E.128": 2}
+    assert wide["sm_80"].loop.instructions == 0
+    assert wide["gfx942"].whole.widest_of("x") == 8
+    assert narrow["gfx942"].whole.widest_of("x") == 2
+    assert narrow["gfx942"].whole.widest_of("y") == 8
+
+
+def test_shuffles() -> None:
+    """The sum of 32 values, one in each lane of a warp, takes log2(32) exchanges."""
+    types = {"x": "*fp32", "out": "*fp32"}
+    reports = compile_kernel(row_sum, types, {"N": 32}, targets=("sm_80", "gfx942"), num_warps=1)
+    assert reports["sm_80"].whole.shuffles == 5
+    assert reports["gfx942"].whole.shuffles >= 5
+    assert reports["sm_80"].whole.barriers == 0
+    more = compile_kernel(row_sum, types, {"N": 128}, targets="sm_80", num_warps=4)["sm_80"]
+    assert more.whole.barriers > 0  # warps meet in shared memory
+    assert more.whole.shared["STS"] > 0
+    none = compile_kernel(to_float, types, {"N": 32, "FLOAT": True}, targets="gfx942", num_warps=1)["gfx942"]
+    assert none.whole.shuffles == 0
+
+
+def test_conversions_from_integers() -> None:
+    """512 values: 4 for each of 128 threads, 2 for each of 256."""
+    targets = ("sm_80", "gfx942")
+    floats = compile_kernel(to_float, {"x": "*i32", "out": "*fp32"}, {"N": 512, "FLOAT": True}, targets=targets)
+    assert [report.whole.i2f for report in floats.values()] == [4, 2]
+    integers = compile_kernel(to_float, {"x": "*i32", "out": "*i32"}, {"N": 512, "FLOAT": False}, targets=targets)
+    assert [report.whole.i2f for report in integers.values()] == [0, 0]
+
+
+def test_every_target() -> None:
+    reports = compile_kernel(add, {"x": "*fp32", "y": "*fp32", "out": "*fp32"}, {"N": 1024})
+    assert list(reports) == list(TARGETS)
+    for name, report in reports.items():
+        assert report.target is TARGETS[name]
+        assert 0 < report.registers <= report.target.register_limit
+        assert report.fits
+        assert report.whole.widest == 16
+        assert f".target sm_{name[3:]}" in report.ptx if name.startswith("sm") else name in report.sass
+
+
+def test_specialised_warps() -> None:
+    types = {**dict.fromkeys("ab", "*fp16"), "c": "*fp32", **dict.fromkeys("MNK", "i32")}
+    tile = {"BM": 128, "BN": 128, "BK": 64}
+    report = compile_kernel(specialised, types, tile, aligned=types, targets="sm_90")["sm_90"]
+    assert report.whole.setmaxnreg > 0
+    assert report.threads > 4 * 32  # warps that load are added
+    assert set(report.whole.loads) == {"UTMALDG.2D"}
+    assert report.whole.widest == 0
+    # The loop is that of the warps that compute; the tile is halved between two groups of warps, or not.
+    assert {re.sub(r"x\d+x", "x_x", opcode) for opcode in report.loop.mma} == {"HGMMA.64x_x16.F32"}
+    assert report.loop.loads == {}
+    assert report.loop.arrives == 1
+
+
+# ------------------------------------------------------------------------------------------------------ functions
+def two_kernels(x: Tensor) -> Tensor:
+    """A reduction over columns of a reduction over rows: Inductor cannot do both in one kernel."""
+    return torch.softmax(x, -1).sum(0)
+
+
+def test_the_kernels_of_inductor() -> None:
+    x = torch.randn(8, 1024)
+    reports, code = run_and_get_code(compile_for, torch.compile(two_kernels), x, targets=("sm_90", "gfx942"))
+    emitted = re.findall(r"async_compile\.triton\('(\w+)'", code[0])
+    assert len(emitted) == 2
+    assert [report.kernel for report in reports] == [name for name in emitted for _ in range(2)]
+    assert [report.target.name for report in reports] == ["sm_90", "gfx942"] * 2
+    assert reports[0].whole.widest == 16  # inputs of a graph are aligned, as on a GPU
+    assert reports[0].whole.shuffles > 0
+    assert reports[0].whole.operands.keys() == {"in_ptr0"}
+
+
+def test_an_input_that_is_not_aligned() -> None:
+    x = torch.randn(8 * 1024 + 1)[1:].view(8, 1024)
+    assert compile_for(two_kernels, x, targets="sm_90")[0].whole.widest == 4
+
+
+def test_users_kernels_launched_by_a_compiled_function() -> None:
+    def f(x: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        add[(1,)](x * 3, x, out, N=1024, num_warps=8)
+        return out + 1
+
+    reports = compile_for(torch.compile(f), torch.arange(1024.0), targets="sm_80")
+    assert [report.kernel for report in reports].count("add") == 1
+    assert len(reports) == 3
+    report = next(report for report in reports if report.kernel == "add")
+    assert report.threads == 256
+    assert report.options["num_warps"] == 8
+    assert report.whole.operands == {"x": {"LDG.E.128": 1}, "y": {"LDG.E.128": 1}}
+
+
+def test_variants_of_direct_launches() -> None:
+    def f(x: Tensor, half: Tensor) -> Tensor:
+        out = torch.zeros(1025)
+        add[(1,)](x, x, out, 1024)
+        add[(1,)](x, x, out, 1024)  # the same variant
+        add[(2,)](half, half, out, 1024)
+        add[(1,)](x, x, out[1:], 1024)  # not aligned
+        return out
+
+    reports = compile_for(f, torch.ones(1024), torch.ones(1024).half(), targets="sm_80")
+    assert [report.kernel for report in reports] == ["add"] * 3
+    assert [report.whole.widest for report in reports] == [16, 16, 16]
+    stores = [set(report.whole.stores) for report in reports]
+    assert stores == [{"STG.E.128"}, {"STG.E.128"}, {"STG.E"}]
+
+
+@pytest.mark.parametrize("run", [False, True])
+def test_kernels_run_when_asked(run: bool) -> None:
+    seen = []
+
+    def f(x: Tensor) -> None:
+        out = torch.zeros(64)
+        add[(1,)](x, x, out, 64)
+        seen.append(out)
+
+    reports = compile_for(f, torch.ones(64), targets="sm_80", run=run)
+    assert len(reports) == 1
+    assert torch.equal(seen[0], torch.full((64,), 2.0 if run else 0.0))
+
+
+def test_kernels_and_helpers_that_are_decorated_inside() -> None:
+    def f(x: Tensor) -> Tensor:
+        @triton.jit
+        def inner(p, i):
+            return tl.load(p + i)
+
+        @triton.jit
+        def outer(x, out, N: tl.constexpr):
+            i = tl.arange(0, N)
+            tl.store(out + i, inner(x, i) * 2)
+
+        out = torch.empty_like(x)
+        outer[(1,)](x, out, 512)
+        return out
+
+    reports = compile_for(f, torch.ones(512), targets="sm_80")
+    assert [report.whole.operands for report in reports] == [{"x": {"LDG.E.128": 1}}]
+
+
+def test_an_autotuned_kernel_in_its_first_configuration() -> None:
+    reports = compile_for(lambda x: tuned[(1,)](x, torch.empty_like(x)), torch.ones(128), targets="sm_80")
+    assert [report.threads for report in reports] == [64]
+    report = compile_kernel(tuned, {"x": "*fp32", "out": "*fp32"}, {"N": 128}, targets="sm_80")["sm_80"]
+    assert report.threads == 128  # the options are those of the call
+
+
+def test_nothing_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from torch._inductor import graph
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+    from triton.runtime import driver, interpreter
+    from triton.runtime.jit import JITFunction
+
+    def state() -> dict[str, object]:
+        owners: list[Any] = [JITFunction, CachingAutotuner, interpreter.InterpretedFunction, graph, tl, tl.core]
+        found: dict[str, object] = {owner.__name__: dict(vars(owner)) for owner in owners}
+        found["environment"] = dict(os.environ)
+        found["driver"] = (driver._active, driver._default)
+        found["caches"] = (triton.knobs.cache.dir, triton.knobs.compilation.always_compile)
+        found["kernel"] = dict(vars(add))
+        found["globals"] = {name for name in globals() if not name.startswith("__import_torch")}  # Dynamo's own
+        found["files"] = list(tmp_path.iterdir())
+        return found
+
+    cache_dir()  # torch itself names its cache in the environment, on first use
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = state()
+    compile_for(torch.compile(two_kernels), torch.randn(4, 8), targets="gfx942")
+    compile_for(lambda x: add[(1,)](x, x, x, N=64), torch.randn(64), targets="sm_80")
+    refused("testing.compile", lambda: compile_kernel(refuses, {"x": "*fp32"}, {"N": 4}, targets="sm_80"))
+    assert state() == before
+
+
+# ------------------------------------------------------------------------------------------------------ errors
+def refused(code: str, call: Callable[[], object]) -> QCError:
+    with pytest.raises(QCError) as caught:
+        call()
+    assert caught.value.code == code
+    return caught.value
+
+
+def test_unknown_targets() -> None:
+    error = refused("testing.unknown-target", lambda: compile_for(two_kernels, torch.ones(4, 4), targets=["sm90"]))
+    assert "did you mean 'sm_90'" in error.what
+    assert "gfx942" in error.next
+
+
+def test_signatures_that_do_not_fit() -> None:
+    def call(*args: Any, **kwargs: Any) -> Callable[[], object]:
+        return lambda: compile_kernel(*args, **kwargs, targets="sm_80")
+
+    types = {"x": "*fp32", "out": "*fp32"}
+    assert "'xx'; did you mean 'x'" in refused("testing.signature", call(row_sum, {"xx": "*fp32"}, {"N": 4})).what
+    assert "'out' has no type" in refused("testing.signature", call(row_sum, {"x": "*fp32"}, {"N": 4})).what
+    assert "'N' has no value" in refused("testing.signature", call(row_sum, types, {})).what
+    assert "no type '*float'" in refused("testing.signature", call(row_sum, {**types, "x": "*float"}, {"N": 4})).what
+    assert "'z'" in refused("testing.signature", call(row_sum, types, {"N": 4}, aligned=["z"])).what
+    assert "is no Triton kernel" in refused("testing.signature", call(two_kernels, types, {"N": 4})).what
+
+
+def test_a_function_without_kernels() -> None:
+    error = refused("testing.no-kernels", lambda: compile_for(torch.compile(lambda x: x.shape), torch.ones(4)))
+    assert "launched no Triton kernel" in error.what
+
+
+def test_a_kernel_that_does_not_compile() -> None:
+    error = refused("testing.compile", lambda: compile_kernel(refuses, {"x": "*fp32"}, {"N": 4}, targets=ALL))
+    assert error.what.startswith("The kernel refuses does not compile for sm_80. Nor do: refuses for sm_90, ")
+    assert "N must be nothing" in error.why
+    assert error.where == f"triton {triton.__version__}"
+
+
+def test_assertions_hold_when_the_compiler_was_imported_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Imported while a kernel is interpreted, Triton's compiler knows nothing of static_assert ever after."""
+    from triton.compiler.code_generator import CodeGenerator
+
+    monkeypatch.setattr(CodeGenerator, "statically_implemented_functions", {})
+    refused("testing.compile", lambda: compile_kernel(refuses, {"x": "*fp32"}, {"N": 4}, targets="sm_80"))
+
+
+def test_a_compiler_that_aborts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LLVM ends the process on instructions that a target has not: here, exchanges between lanes before sm_30."""
+    monkeypatch.setattr(module, "TARGETS", {**TARGETS, "sm_20": Target("sm_20", "cuda", 20, 32, 49152)})
+    types = {"x": "*fp32", "out": "*fp32"}
+    error = refused("testing.compile", lambda: compile_kernel(row_sum, types, {"N": 32}, targets=["sm_20"]))
+    assert "row_sum does not compile for sm_20" in error.what
+    assert "SIGABRT" in error.why
+    assert "LLVM ERROR: Cannot select" in error.why
+
+
+def test_a_compiler_that_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aot, "SECONDS", 0)
+    types = {"x": "*fp32", "out": "*fp32"}
+    error = refused("testing.compile", lambda: compile_kernel(row_sum, types, {"N": 32}, targets="sm_80"))
+    assert "longer than 0 s" in error.why
+
+
+def test_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "triton_version", lambda: None)
+    refused("testing.no-triton", lambda: compile_for(two_kernels, torch.ones(4, 4)))
+    refused("testing.no-triton", lambda: compile_kernel(add, {}, {}))
+
+
+def test_where_kernels_are_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.interpreter import InterpretedFunction
+
+    with interpret():
+        refused("testing.interpreter", lambda: compile_kernel(add, {}, {}))
+        refused("testing.interpreter", lambda: compile_for(two_kernels, torch.ones(4, 4)))
+    monkeypatch.setattr(tl, "sum", InterpretedFunction(tl.sum.fn))  # as with TRITON_INTERPRET=1
+    refused("testing.interpreter", lambda: compile_kernel(add, {}, {}))
+
+
+# ------------------------------------------------------------------------------------------------------ machine code
+def sass(*lines: str) -> str:
+    """The text of a disassembler: `label:` or an instruction for each line."""
+    return "\n".join(line if line.endswith(":") else f"        /*{i:04x}*/  {line} ;" for i, line in enumerate(lines))
+
+
+def opcodes(found: tuple[Instruction, ...]) -> list[str]:
+    return [instruction.opcode for instruction in found]
+
+
+def test_the_innermost_loop_with_matrix_instructions() -> None:
+    code = parse_sass(
+        sass(
+            *("MOV R0, R1", ".L_x_0:", "LDG.E R2, [R0]", ".L_x_1:", "LDG.E.128 R4, [R0]", "HMMA.16816.F32 R8, R4"),
+            *("@!P0 BRA `(.L_x_1)", ".L_x_2:", "LDG.E.64 R4, [R0]", "@P1 BRA `(.L_x_2)", "@P2 BRA `(.L_x_0)"),
+            *("EXIT", ".L_x_3:", "BRA `(.L_x_3)", "NOP"),
+        )
+    )
+    assert sorted(map(len, loops(code))) == [1, 2, 3, 7]
+    assert opcodes(main_loop(code)) == ["LDG.E.128", "HMMA.16816.F32", "BRA"]
+
+
+def test_without_matrix_instructions_the_innermost_loop_with_loads() -> None:
+    lines = [
+        ".L_x_0:",
+        "LDG.E R2, [R0]",
+        ".L_x_1:",
+        "FADD R4, R4, R4",
+        "@!P0 BRA `(.L_x_1)",
+        "@P2 BRA `(.L_x_0)",
+        "EXIT",
+    ]
+    assert opcodes(main_loop(parse_sass(sass(*lines)))) == ["LDG.E", "FADD", "BRA", "BRA"]
+    assert main_loop(parse_sass(sass("LDG.E R2, [R0]", "EXIT"))) == ()
+
+
+def test_code_out_of_line_belongs_to_its_loop() -> None:
+    """A wait that is moved behind the kernel's end and jumps back, and conditions written as operands."""
+    code = parse_sass(
+        sass(
+            *(".L_x_0:", "SYNCS.PHASECHK P0, [UR4]", "@!P0 BRA `(.L_x_2)", ".L_x_1:", "UTCHMMA gdesc[UR6]"),
+            *("BRA.U UP0, `(.L_x_0)", "STG.E [R0], R1", "EXIT"),
+            *(".L_x_2:", "SYNCS.WAIT P0, [UR4]", "@!P0 BRA `(.L_x_2)", "BRA `(.L_x_1)"),
+        )
+    )
+    assert opcodes(main_loop(code)) == ["SYNCS.PHASECHK", "BRA", "UTCHMMA", "BRA.U", "SYNCS.WAIT", "BRA", "BRA"]
+
+
+def test_jumps_to_nobody_knows_where() -> None:
+    lines = ["BRX R2", ".L_x_0:", "LDG.E R2, [R0]", "@P0 BRA `(.L_x_0)", "EXIT", ".L_x_1:", "HMMA.1688 R4, R2"]
+    code = parse_sass(sass(*lines, "@P0 BRA `(.L_x_1)", "RET.REL.NODEC R2 `(k)"))
+    assert opcodes(main_loop(code)) == ["HMMA.1688", "BRA"]
+
+
+def test_what_is_never_executed_is_not_counted() -> None:
+    counts = count(parse_sass(sass("@!PT LDS RZ, [RZ]", "@P0 LDS R0, [R1]", "@PT LDS.128 R0, [R1]")).instructions)
+    assert counts.instructions == 3
+    assert counts.shared == {"LDS": 2}
+
+
+def test_kinds_of_instructions() -> None:
+    lines = """LDSM.16.M88.4 R0; STSM.16.M88.4 [R0]; STS.U8 [R0]; LDC R1; LDTM.x128 R0; I2FP.F32.S32 R0; I2F.S8 R0; F2F R0
+        QGMMA.64x64x32.F32 R0; IMMA.16832.S8.S8 R0; FMUL R0; UTMALDG.2D [UR0]; LDG.E.U16 R0; REDG.E.ADD.F32 [R0]; REDUX R1
+        STL.64 [R1]; LDL.LU R0; BAR.SYNC 0; WARPGROUP.ARRIVE; WARPGROUP.DEPBAR gsb0; USETMAXREG 40; SHFL.BFLY R0"""
+    counts = count(parse_sass(sass(*(line.strip() for line in re.split(r"[;\n]", lines)))).instructions)
+    assert counts.shared == {"LDSM": 1, "STSM": 1, "STS": 1}
+    assert counts.mma == {"QGMMA.64x64x32.F32": 1, "IMMA.16832.S8.S8": 1}
+    assert counts.loads == {"UTMALDG.2D": 1, "LDG.E.U16": 1}
+    assert counts.stores == {"REDG.E.ADD.F32": 1}
+    assert (counts.i2f, counts.shuffles, counts.barriers, counts.arrives, counts.setmaxnreg) == (2, 1, 1, 1, 1)
+    assert counts.spill_bytes == 8 + 4
+    amd = """ds_read2st64_b64 v[0:3]; ds_write_b64 v0; ds_bpermute_b32 v0; v_add_f32_dpp v0; v_cvt_f32_ubyte0_e32 v0
+        v_cvt_f32_i32_e32 v0; v_cvt_i32_f32_e32 v0; v_mfma_f32_16x16x16_f16 v0; v_mul_f32 v0; global_load_dwordx4 v0
+        buffer_load_ushort v0; s_load_dwordx8 s[0:7]; scratch_store_dwordx2 v0; s_barrier; global_store_dword v0"""
+    text = "\n".join("\t" + line.strip() for line in re.split(r"[;\n]", amd))
+    counts = count(parse_amdgcn(text + "\n\t.p2align 8\n; a comment\n\ts_endpgm").instructions)
+    assert counts.instructions == 16
+    assert counts.shared == {"ds_read": 1, "ds_write": 1}
+    assert counts.mma == {"v_mfma_f32_16x16x16_f16": 1}
+    assert counts.loads == {"global_load_dwordx4": 1, "buffer_load_ushort": 1}
+    assert (counts.i2f, counts.shuffles, counts.barriers, counts.spill_bytes) == (2, 2, 1, 8)
+
+
+@pytest.mark.parametrize(
+    ("opcode", "expected"),
+    [
+        *(("LDG.E", 4), ("LDG.E.EF.128", 16), ("LDG.E.U8.CONSTANT", 1), ("LDGSTS.E.BYPASS.LTC128B.64", 8)),
+        *(("LDG.E.ENL2.256", 32), ("UTMALDG.2D", 0), ("global_load_dwordx3", 12), ("global_load_ushort", 2)),
+        *(("buffer_load_dword", 4), ("global_load_short_d16_hi", 2), ("global_load_b128", 16), ("s_load_dwordx16", 64)),
+    ],
+)
+def test_widths(opcode: str, expected: int) -> None:
+    assert width(opcode) == expected
+
+
+def test_whose_load_it_is() -> None:
+    source = (
+        "    def k(a, b, c, n):\n"
+        "        p, i = a + n, tl.load(b)\n"
+        "        for j in range(4):\n"
+        "            p += j\n"
+        "        x = tl.load(p + i,\n"
+        "                    mask=c)\n"
+        "        y = helper(x, b)\n"
+        "        tl.dot(tl.load(a), tl.load(b + tl.load(c)))\n"
+        "        q, r = p, b + p\n"
+        "        tl.dot(tl.load(q), tl.load(r))\n"
+    )
+    named = pointers_of("k.py", 10, source, ["a", "b", "c"])
+    assert named(("k.py", 14, 21)) == "a"  # through an assignment; what was loaded from b is no address
+    assert named(("k.py", 15, 25)) == "a"  # the mask is on a line of its own
+    assert named(("k.py", 16, 18)) == "b"
+    assert named(("k.py", 17, 20)) == "a"
+    assert named(("k.py", 17, 32)) == "b"
+    assert named(("k.py", 17, 45)) == "c"
+    assert named(("k.py", 19, 20)) == "a"
+    assert named(("k.py", 19, 32)) == "a, b"
+    assert named(("k.py", 18, 0)) == named(("other.py", 14, 21)) == named(None) == ""
