@@ -182,7 +182,7 @@ def noted(*, run: bool) -> Iterator[list[Launch]]:
     found: list[Launch] = []
     with ExitStack() as stack:
         # Inductor takes the inputs of a graph on a GPU for aligned when they are, those on a CPU never.
-        pass
+        replace(stack, graph, "should_assume_input_aligned", tensor_is_aligned)
         replace_run(CachingAutotuner, lambda tuner, args, kwargs: _of_inductor(tuner))
         replace_run(JITFunction, _of_user)
         replace_run(InterpretedFunction, _of_user)
@@ -296,7 +296,6 @@ def _child(entry: Launch, target: tuple[str, int | str, int], place: Path) -> No
     os.dup2(log, 2)
     faulthandler.disable()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    os.environ["TRITON_CACHE_DIR"] = str(place)
     os.environ.pop("TRITON_INTERPRET", None)
     try:
         result: Built | Failed = _compile(entry, target, place)
@@ -313,7 +312,6 @@ def _compile(entry: Launch, target: tuple[str, int | str, int], place: Path) -> 
     from triton.compiler import ASTSource
 
     triton.knobs.cache.dir = str(place)
-    triton.knobs.compilation.always_compile = True
     _statics_anew()
     _decorate_anew(entry.function, set())
     variant = entry.variants[target[0]]

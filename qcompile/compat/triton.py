@@ -37,6 +37,8 @@ def interpreted() -> Iterator[None]:
     Compiled functions are forgotten on both ends: Dynamo would otherwise answer a call inside with the C++ of a call
     before, and a call after with kernels that only the interpreter can run. Not for use in two threads at once.
     """
+    # Imported while a kernel runs interpreted, it would keep the interpreter's functions for ever.
+    import triton.compiler.code_generator  # noqa: F401
     from triton.runtime import interpreter
 
     torch.compiler.reset()
@@ -132,6 +134,8 @@ def _language_once(stack: ExitStack, interpreter: Any) -> None:
         if running:
             return interpreter._LangPatchScope()
         scope = original(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+        # A scalar is an array of one element here, which numpy takes for an int no longer (Triton 3.6 asks it to).
+        scope.set_attr(tl.core.tensor, "__index__", lambda scalar: int(scalar.handle.data.item()))
         restore = scope.restore
         running = True
 
