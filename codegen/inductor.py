@@ -150,7 +150,9 @@ def _lower_qmm(x: Any, parts: Sequence[Any], extras: Sequence[Any], spec: str) -
     if compat.writes_triton(device):
         _dump(kernel, text_of(kernel).source, "#", "py")
         names = (spec, DTYPE_NAMES[x.get_dtype()], DTYPE_NAMES[out], tuple(DTYPE_NAMES[d] for d in dtypes))
-        return compat.extern_python_kernel(make=f"__import__({_TRITON!r}, fromlist=['prepare']).prepare{names!r}", **place)
+        return compat.extern_python_kernel(
+            make=f"__import__({_TRITON!r}, fromlist=['prepare']).prepare{names!r}", **place
+        )
     built = CpuLowering().emit(kernel)
     _dump(kernel, built.source, "//", "cpp")
     return compat.extern_cpp_kernel(argtypes=built.argtypes, source=built.source, **place)

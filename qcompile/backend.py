@@ -236,7 +236,9 @@ def package_hash() -> str:
     """Hash of this package's own sources: a development tree changes more often than its version."""
     root, digest = Path(__file__).parent, hashlib.sha256()
     folders = {path.resolve() for path in (root, root / "passes", root / "codegen")}
-    for file in sorted(f for folder in folders for f in folder.rglob("*") if f.suffix in (".py", ".h", ".jinja", ".json")):
+    for file in sorted(
+        f for folder in folders for f in folder.rglob("*") if f.suffix in (".py", ".h", ".jinja", ".json")
+    ):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 

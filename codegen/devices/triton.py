@@ -18,6 +18,7 @@ from qcompile import compat
 from qcompile.codegen.devices.triton_text import Layout, Text, weight_only
 from qcompile.codegen.registry import Verdict
 from qcompile.codegen.spec import KernelSpec
+from qcompile.codegen.tuning.triton import shape_for
 from qcompile.ir.granularity import Nested, PerAxis, PerGroup, PerTensor
 from qcompile.ir.matmul import OUT_DTYPES, MatmulSpec
 from qcompile.ir.packing import ceil_div
@@ -122,7 +123,7 @@ class Matmul:
         if m == 0:
             return
         n = sizes[:segments]
-        tile = fit(tile or choose_tile(spec, n, k, m), self.text.layout, k)
+        tile = fit(tile or choose_tile(spec, tuple(n), k, m, x.device), self.text.layout, k)
         for index in range(0, segments * self.parts, self.parts):
             operands[index] = operands[index].view(torch.int32)
         tiles = sum(ceil_div(size, tile.columns) for size in (n[:1] if spec.paired else n)) * ceil_div(m, tile.rows)
@@ -139,10 +140,17 @@ class Matmul:
         )  # fmt: skip
 
 
-def choose_tile(spec: KernelSpec, n: Sequence[int], k: int, m: int) -> Tile:
-    """How to cut a product, from its sizes."""
-    rows = min(max(MMA, 1 << (m - 1).bit_length()), 128)
-    return Tile(rows=rows, columns=64 if rows <= 64 else 128, warps=4 if rows <= 64 else 8)
+@functools.lru_cache(maxsize=4096)
+def choose_tile(spec: KernelSpec, n: tuple[int, ...], k: int, m: int, device: torch.device) -> Tile:
+    """How to cut a product, from its sizes and the shipped table."""
+    architecture, processors = compat.gpu(device)
+    shape, layout = shape_for(architecture, "weight-only", m), text_of(spec).layout
+    units = max(1, shape.depth // layout.unit)
+    tiles = sum(ceil_div(size, shape.columns) for size in (n[:1] if spec.paired else n)) * ceil_div(m, shape.rows)
+    # Enough blocks for every multiprocessor, each with at least four iterations.
+    wanted, most = shape.waves * processors // tiles, ceil_div(k, layout.unit * units) // 4
+    splits = 1 << max(0, min(wanted, most, 16).bit_length() - 1)
+    return Tile(shape.rows, shape.columns, units, splits, shape.stages, shape.warps)
 
 
 @functools.lru_cache(maxsize=512)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qcompile.codegen.devices.triton_numbers import OPERANDS, Numbers
+from qcompile.codegen.devices.triton_numbers import Numbers
 from qcompile.codegen.devices.triton_text import Layout
 from qcompile.codegen.spec import KernelSpec
 from qcompile.ir.codec import part_names
@@ -71,7 +71,9 @@ def terms(spec: KernelSpec, parts: Sequence[torch.Tensor], n: int, k: int) -> Te
     s = spread(load_scale(named["scales"], weight.scale.format), weight.group_size(k))
     if weight.outer is not None and isinstance(weight.granularity, Nested):
         outer = weight.granularity.outer
-        s = s * spread(load_scale(named["outer"], weight.outer.format), outer.size if isinstance(outer, PerGroup) else k)
+        s = s * spread(
+            load_scale(named["outer"], weight.outer.format), outer.size if isinstance(outer, PerGroup) else k
+        )
     s = s.double()
     # The type that scales of operands are rounded to, and that entries of a table are.
     unit = ROUNDOFF[spec.x]

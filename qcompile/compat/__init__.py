@@ -41,7 +41,7 @@ from qcompile.compat.inductor import (
     inductor_options,
     inner_compile,
 )
-from qcompile.compat.jit import triton_kernel, triton_version, writes_triton
+from qcompile.compat.jit import gpu, triton_kernel, triton_version, writes_triton
 from qcompile.compat.lowering import (
     contiguous,
     cpp_wrapper_active,
@@ -87,6 +87,7 @@ __all__ = [
     "fake_mode",
     "fallback",
     "framed",
+    "gpu",
     "graph_mode",
     "inductor_cache_dir",
     "inductor_lowerings",

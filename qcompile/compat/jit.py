@@ -44,3 +44,14 @@ def writes_triton(device: torch.device) -> bool:
     from torch._inductor import config
 
     return bool(config.cpu_backend == "triton")
+
+
+@functools.lru_cache(maxsize=64)
+def gpu(device: torch.device) -> tuple[str, int]:
+    """Architecture of a GPU ("sm_90", "gfx942") and how many multiprocessors it has; ("", 8) for what is none, where
+    kernels are interpreted."""
+    if device.type != "cuda":
+        return "", 8
+    about = torch.cuda.get_device_properties(device)
+    name = getattr(about, "gcnArchName", "") if torch.version.hip else f"sm_{about.major}{about.minor}"
+    return name.partition(":")[0], about.multi_processor_count

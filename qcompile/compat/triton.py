@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from qcompile.compat.jit import triton_version as triton_version
 from qcompile.compat.interpreter import repair_floats, replace, replace_libdevice
 
 

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from qcompile.compat import aot
-from qcompile.compat.triton import triton_version
+from qcompile.compat import aot, triton_version
 from qcompile.errors import QCError, suggest
 from qcompile.testing.interpret import interpret
 from qcompile.testing.sass import Counts, count, main_loop, parse_amdgcn, parse_sass, pointers_of

@@ -98,7 +98,9 @@ def test_product(scheme: str, x: str, tile: Tile, m: int, n: int, k: int, pad: i
 def test_segments_and_extras(dtype: str, tile: Tile) -> None:
     """Merged segments whose boundaries lie inside panels and tiles, and both kinds of extras."""
     n, k, m = (21, 40, 3), 260, 19
-    spec = spec_of("int4/g128:fp16", dtype, segments=3, epilogue="acc*0.5+e0-e1", extras=(("row", "f32"), ("mat", dtype)))
+    spec = spec_of(
+        "int4/g128:fp16", dtype, segments=3, epilogue="acc*0.5+e0-e1", extras=(("row", "f32"), ("mat", dtype))
+    )
     torch.manual_seed(1)
     x = torch.randn(m, k).to(OUT_DTYPES[dtype])
     parts = [quantize(weight(size, k, i), spec.weight) for i, size in enumerate(n)]
@@ -116,7 +118,9 @@ def test_segments_and_extras(dtype: str, tile: Tile) -> None:
 def test_pair_epilogue(tile: Tile) -> None:
     """silu(a0) * a1 + e0: |silu'| < 1.1, so the error is at most 1.1 |a1| b0 + |silu(a0)| b1 + 1.1 b0 b1, and roundings."""
     n, k, m = 37, 260, 18
-    spec = spec_of("uint4/g32:fp16+m", "bf16", y="f32", segments=2, epilogue="silu(a0)*a1+e0", extras=(("mat", "bf16"),))
+    spec = spec_of(
+        "uint4/g32:fp16+m", "bf16", y="f32", segments=2, epilogue="silu(a0)*a1+e0", extras=(("mat", "bf16"),)
+    )
     torch.manual_seed(2)
     x, extra = torch.randn(m, k).bfloat16(), torch.randn(m, n).bfloat16()
     parts = [quantize(weight(n, k, i), spec.weight) for i in (3, 4)]
@@ -199,7 +203,9 @@ def test_every_tile_gives_the_same_to_the_bit_without_splits(scheme: str) -> Non
 
 def test_no_rows() -> None:
     spec = spec_of("int4/g128:fp16")
-    y = run(spec, torch.empty(0, 256, dtype=torch.float16), quantize(weight(20, 256, 0), spec.weight), [], [20], 256, Tile())
+    y = run(
+        spec, torch.empty(0, 256, dtype=torch.float16), quantize(weight(20, 256, 0), spec.weight), [], [20], 256, Tile()
+    )
     assert y.shape == (0, 20)
 
 

@@ -79,7 +79,9 @@ def test_one_kernel_for_each_matmul_with_its_end(dtype: torch.dtype) -> None:
     assert len(called) == 4
     specs = re.findall(r"prepare\('(.*?)'", code)
     assert sorted(re.findall(r"\b(gelu|erf|exp|e0)\b", " ".join(specs))) == ["e0", "e0", "e0", "erf", "exp"]
-    floats = re.findall(r"(?:rand_strided|empty_strided_cpu)\(\((\d+), (\d+)\).*?torch\.(?:float16|bfloat16|float32)", code)
+    floats = re.findall(
+        r"(?:rand_strided|empty_strided_cpu)\(\((\d+), (\d+)\).*?torch\.(?:float16|bfloat16|float32)", code
+    )
     assert floats
     assert all(5 in map(int, shape) for shape in floats)  # activations; the others are vectors and packed scales
     assert close(out, model, x, "uint4/g32:fp16+m")
