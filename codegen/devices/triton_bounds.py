@@ -57,11 +57,16 @@ class Terms:
     error: torch.Tensor
 
 
-def terms(spec: KernelSpec, parts: Sequence[torch.Tensor], n: int, k: int) -> Terms:
-    """What one segment's packed parts stand for, and what the kernel makes of them."""
+def terms(spec: KernelSpec, parts: Sequence[torch.Tensor], n: int, k: int, rounded: bool | None = None) -> Terms:
+    """What one segment's packed parts stand for, and what the kernel makes of them.
+
+    Args:
+        rounded: whether every weight is rounded to the type of x, scaled, before it is multiplied; `None`: as the
+            kernels here do it.
+    """
     weight, operand = spec.weight, spec.x if spec.x != "f32" else "f16"
-    layout = Layout.of(weight)
-    numbers = Numbers.of(weight.format, operand, exact=layout.mode == "operand")
+    rounded = Layout.of(weight).mode == "operand" if rounded is None else rounded
+    numbers = Numbers.of(weight.format, operand, exact=rounded)
     named = dict(zip(part_names(weight), parts, strict=True))
     level = weight.format.levels().double()[unpack_codes(parts[0], weight.format.bits, n, k, weight.packing).long()]
 
@@ -82,9 +87,8 @@ def terms(spec: KernelSpec, parts: Sequence[torch.Tensor], n: int, k: int) -> Te
     of_table = ROUNDOFF[spec.x] * number.abs() + tiny if numbers.kind == "table" else torch.zeros_like(number)
     value, size = number * s, (number.abs() + of_table) * s
     error = of_table * s
-    if layout.mode == "operand":
-        rounded = s * unit + tiny * 2.0**-numbers.unit
-        error = error + (number.abs() + of_table) * rounded
+    if rounded:
+        error = error + (number.abs() + of_table) * (s * unit + tiny * 2.0**-numbers.unit)
         error = error + (size + error) * unit + tiny
         size = size + error
         if "mins" in named:
@@ -96,9 +100,16 @@ def terms(spec: KernelSpec, parts: Sequence[torch.Tensor], n: int, k: int) -> Te
     return Terms(value, size, error)
 
 
-def expected(spec: KernelSpec, x: torch.Tensor, parts: Sequence[torch.Tensor], n: int, k: int) -> Expected:
-    """One segment's sums for finite `x[m, k]`."""
-    weight = terms(spec, parts, n, k)
+def expected(
+    spec: KernelSpec,
+    x: torch.Tensor,
+    parts: Sequence[torch.Tensor],
+    n: int,
+    k: int,
+    rounded: bool | None = None,
+) -> Expected:
+    """One segment's sums for finite `x[m, k]`; `rounded` as in `terms`."""
+    weight = terms(spec, parts, n, k, rounded)
     wide = x.double()
     layout = Layout.of(spec.weight)
     steps = -(-k // layout.unit) * 8 // min(spec.weight.format.planes)

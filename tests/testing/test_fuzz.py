@@ -1,0 +1,78 @@
+"""The public property tests find bugs in kernels: three of them, put into a generated kernel's text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed: torch's builds for CPUs come without it")
+
+from qcompile.codegen.devices.triton import Tile, run, text_of
+from qcompile.testing.fuzz import fuzz
+from qcompile.testing.interpret import interpret
+from qcompile.testing.problems import Problem, problems
+
+WEIGHT = "uint4/g32:fp16+z@mma16"
+# What is wrong, in the words of the kernel's text: the generated piece, and the bug in its place.
+BUGS = {
+    "swapped nibbles": ("& 0xf000f)", "& 0xf000f0)"),
+    "wrong zero point": ("* s\\n", "* s + s\\n"),
+    "no mask at the end of K": (", mask=k < K, other=0.0)", ")"),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interpreter() -> Iterator[None]:
+    with interpret():
+        yield
+
+
+def kernel(*changes: tuple[str, str]) -> Callable[[Problem], Tensor]:
+    def call(problem: Problem) -> Tensor:
+        text = text_of(problem.spec)
+        for old, new in changes:
+            old, new = old.encode().decode("unicode_escape"), new.encode().decode("unicode_escape")
+            assert old in text.source
+            text = replace(text, source=text.source.replace(old, new))
+        return run(problem.spec, problem.x, problem.parts, [], [problem.n], problem.k, Tile(), text)
+
+    return call
+
+
+def test_a_right_kernel_passes() -> None:
+    assert fuzz(kernel(), problems(WEIGHT), examples=15) >= 15
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_bug_is_found(bug: str) -> None:
+    with pytest.raises(AssertionError, match="allowed are"):
+        fuzz(kernel(BUGS[bug]), problems(WEIGHT), examples=30)
+
+
+def test_more_rounds_are_other_problems() -> None:
+    seen: list[str] = []
+
+    def note(problem: Problem) -> Tensor:
+        seen.append(f"{problem} {float(problem.x.nansum())}")
+        return (problem.x.double() @ problem.weight.double().T).to(problem.x.dtype)
+
+    assert fuzz(note, problems("int8/axis0@rows"), examples=5, seconds=1e-9) == len(seen)
+    first = set(seen)
+    seen.clear()
+    fuzz(note, problems("int8/axis0@rows"), examples=5)
+    assert set(seen) == first
+    fuzz(note, problems("int8/axis0@rows"), examples=5, start=1)
+    assert set(seen) != first
+
+
+def test_wrong_shapes_and_types_are_named() -> None:
+    with pytest.raises(AssertionError, match="shape"):
+        fuzz(lambda problem: problem.empty()[:, :0], problems("int8/axis0@rows"), examples=2)
+    with pytest.raises(AssertionError, match="dtype"):
+        fuzz(lambda problem: problem.empty().to(torch.float64), problems("int8/axis0@rows"), examples=2)
+    with pytest.raises(AssertionError, match="exactly"):
+        fuzz(lambda problem: problem.empty(), problems("int8/axis0@rows"), examples=2)
