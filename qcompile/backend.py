@@ -136,14 +136,15 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -
     passes: list[Any] = options.passes.apply(DEFAULT_PASSES)
     work = compat.clone_graph(gm)
     names = [node.name for node in work.graph.nodes if node.op == "placeholder"]
-    compiler = compat.cpp_compiler()
+    devices = {value.device for value in inputs if isinstance(value, torch.Tensor)}
+    generates = compat.cpp_compiler() is not None or (bool(devices) and all(map(compat.writes_triton, devices)))
     ctx = PassContext(
         options=options,
         recipe=recipe,
         plan=Plan(),
         store=STORE,
         inputs=dict(zip(names, inputs, strict=True)),
-        kernel=_ask_lowerings if compiler else _no_compiler,
+        kernel=_ask_lowerings if generates else _no_compiler,
         packing=inductor.packing,
         training=torch.is_grad_enabled(),
     )
@@ -163,7 +164,7 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -
         if errors:
             raise copy.copy(errors[0])
         return gm.forward
-    if compiler is None or run == "reference":
+    if not generates or run == "reference":
         if run == "compiled":
             _warn_no_compiler()
         compiled: Callable[..., Any] = _by_reference(work)
