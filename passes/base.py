@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from qcompile.ir.matmul import MatmulSpec
-from qcompile.ir.scheme import Packing
+from qcompile.ir.scheme import Packing, Scheme
 from qcompile.options import Options
 from qcompile.passes.fingerprint import describe
 from qcompile.plan.plan import Plan
@@ -61,7 +61,7 @@ class PassContext:
         store: the process-wide packed-weight store.
         inputs: example value of each placeholder, by name; parameters are the real ones.
         kernel: asks the lowerings about a matmul: `(spec, device, x dtype, rows or None) -> Kernel`.
-        packing: the layout that kernels of a device read.
+        packing: the layout that kernels of a device read, for activations of a scheme.
         training: whether autograd is recording for this graph.
         packed: graph inputs that `freeze` added.
     """
@@ -72,7 +72,7 @@ class PassContext:
     store: Store
     inputs: dict[str, Any]
     kernel: Callable[[MatmulSpec, torch.device, torch.dtype, int | None], Kernel]
-    packing: Callable[[torch.device], Packing]
+    packing: Callable[[torch.device, Scheme | None], Packing]
     training: bool = False
     packed: list[PackedInput] = field(default_factory=list)
 

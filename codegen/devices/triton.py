@@ -15,14 +15,16 @@ from typing import Any
 import torch
 
 from qcompile import compat
-from qcompile.codegen.devices.triton_text import Layout, Text, weight_only
+from qcompile.codegen.devices.triton_lines import Layout
+from qcompile.codegen.devices.triton_numbers import Bytes, has_bytes
+from qcompile.codegen.devices.triton_text import Text, kernel_text
 from qcompile.codegen.registry import Verdict
-from qcompile.codegen.spec import KernelSpec
+from qcompile.codegen.spec import LONG_K, KernelSpec
 from qcompile.codegen.tuning.triton import shape_for
 from qcompile.ir.granularity import Nested, PerAxis, PerGroup, PerTensor
-from qcompile.ir.matmul import OUT_DTYPES, MatmulSpec
+from qcompile.ir.matmul import OUT_DTYPES, MatmulSpec, quantize_rows
 from qcompile.ir.packing import ceil_div
-from qcompile.ir.scheme import Scheme
+from qcompile.ir.scheme import Packing, Scheme
 
 MMA = 16  # columns of one tensor-core instruction: groups are whole instructions
 
@@ -45,7 +47,12 @@ class Tile:
     warps: int = 4
 
 
-def _weight_reason(weight: Scheme) -> str:
+def packing(act: Scheme | None) -> Packing:
+    """The layout that kernels read: operands of instructions on 16-bit floats, or on bytes."""
+    return "mma16" if act is None else "mma8"
+
+
+def _weight_reason(weight: Scheme, act: Scheme | None) -> str:
     """Why a weight scheme is not supported, "" when it is."""
     granularity = weight.granularity.inner if isinstance(weight.granularity, Nested) else weight.granularity
     outer = weight.granularity.outer if isinstance(weight.granularity, Nested) else PerTensor()
@@ -60,8 +67,27 @@ def _weight_reason(weight: Scheme) -> str:
             return f"granularity {other} of the weight; tensor, axis0 and groups of {MMA}, {2 * MMA}, ... work"
     if not isinstance(outer, PerTensor | PerGroup) and outer != PerAxis(0):
         return f"outer granularity {outer} of the weight; tensor, axis0 and groups work"
-    if weight.packing != "mma16":
-        return f"packing {weight.packing}: Triton kernels read mma16"
+    if weight.packing != packing(act):
+        return f"packing {weight.packing}: Triton kernels read {packing(act)} here"
+    return ""
+
+
+def _act_reason(spec: KernelSpec) -> str:
+    """Why an activation scheme is not supported, "" when it is, or there is none."""
+    act, layout = spec.act, Layout.of(spec.weight)
+    if act is None:
+        return ""
+    if str(act) != "int8/token:fp32":
+        return f"activation {act}: int8/token works, or none"
+    if not has_bytes(spec.weight.format):
+        return f"activation {act}: {spec.weight.format} is no integer format"
+    if layout.mode == "operand":
+        return (
+            f"activation {act}: a sum of bytes has one scale for {layout.unit} columns or a multiple of that, and no minimum; "
+            f"the weight is {spec.weight}"
+        )
+    if layout.mode == "row" and spec.long_k:
+        return f"activation {act}: more than {LONG_K} inputs overflow a sum of bytes; give the weight groups"
     return ""
 
 
@@ -74,9 +100,7 @@ class TritonLowering:
 
     def supports(self, spec: KernelSpec) -> Verdict:
         """See `Lowering`. Reads no sizes, so a yes holds for every N and K."""
-        reason = _weight_reason(spec.weight)
-        if not reason and spec.act is not None:
-            reason = f"activation {spec.act}: weight-only kernels use activations as they are"
+        reason = _weight_reason(spec.weight, spec.act) or _act_reason(spec)
         if not reason and not compat.triton_version():
             reason = "Triton is not installed"
         return Verdict(not reason, reason)
@@ -85,7 +109,7 @@ class TritonLowering:
 @functools.lru_cache(maxsize=512)
 def text_of(spec: KernelSpec) -> Text:
     """The text of a spec's kernel."""
-    return weight_only(spec)
+    return kernel_text(spec)
 
 
 def fit(tile: Tile, layout: Layout, k: int) -> Tile:
@@ -112,19 +136,20 @@ class Matmul:
         """Write y.
 
         Args:
-            x: rows of k values.
-            rest: packed parts of each segment, extras, y, then the integers M, K, the row stride of x, the rows of each
-                segment, the row stride of each "mat" extra, and that of y.
+            x: rows of k values; with an activation scheme their codes, see `quantize`.
+            rest: scales and sums of x, if it has a scheme; packed parts of each segment, extras, y; then the integers M, K,
+                the row stride of x, the rows of each segment, the row stride of each "mat" extra, and that of y.
             tile: how to cut the work, in place of the tuned choice.
         """
         spec, segments = self.spec, self.spec.segments
-        count = segments * self.parts + len(spec.extras) + 1
+        first = self.text.inputs - 1
+        count = first + segments * self.parts + len(spec.extras) + 1
         operands, (m, k, ldx, *sizes) = list(rest[:count]), rest[count:]
         if m == 0:
             return
         n = sizes[:segments]
         tile = fit(tile or choose_tile(spec, tuple(n), k, m, x.device), self.text.layout, k)
-        for index in range(0, segments * self.parts, self.parts):
+        for index in range(first, first + segments * self.parts, self.parts):
             operands[index] = operands[index].view(torch.int32)
         tiles = sum(ceil_div(size, tile.columns) for size in (n[:1] if spec.paired else n)) * ceil_div(m, tile.rows)
         work = tickets = operands[-1]
@@ -186,8 +211,44 @@ def run(
     columns = n[0] if spec.paired else sum(n)
     y = torch.empty(x.shape[0], columns, dtype=OUT_DTYPES[spec.y], device=x.device)
     mats = [e.stride(0) for e, (kind, _) in zip(extras, spec.extras, strict=True) if kind == "mat"]
-    Matmul(spec, text)(x, *parts, *extras, y, x.shape[0], k, x.stride(0), *n, *mats, columns, tile=tile)
+    inputs = (x,) if spec.act is None else quantize_input(x, spec)
+    matmul = Matmul(spec, text)
+    matmul(*inputs, *parts, *extras, y, x.shape[0], k, inputs[0].stride(0), *n, *mats, columns, tile=tile)
     return y
 
 
-__all__ = ["Matmul", "Tile", "TritonLowering", "choose_tile", "fit", "prepare", "run", "text_of"]
+def quantize_input(x: torch.Tensor, spec: KernelSpec) -> tuple[torch.Tensor, ...]:
+    """What a kernel of bytes reads in place of x.
+
+    Args:
+        x: `[..., k]`; a row that holds NaN or infinity gets a scale of NaN.
+        spec: with `act` int8 per token.
+
+    Returns:
+        Codes, int8 `[M, K]` with K the next whole unit of the packing; scales, fp32 `[M]`; and, where the kernel reads them,
+        sums of codes, int32 `[M, groups of the weight]`.
+    """
+    assert spec.act is not None
+    layout, k, m = Layout.of(spec.weight), x.shape[-1], math.prod(x.shape[:-1])
+    q, scale = quantize_rows(x.reshape(m, k).float(), spec.act)
+    columns = ceil_div(k, layout.unit) * layout.unit
+    group = layout.group or columns
+    codes = torch.nn.functional.pad(q, (0, columns - k)).to(torch.int8)
+    if not Bytes.of(spec.weight.format).corrected(spec.weight):
+        return codes, scale.reshape(m)
+    q = torch.nn.functional.pad(q, (0, -k % group))
+    return codes, scale.reshape(m), q.reshape(m, q.shape[1] // group, group).sum(-1).to(torch.int32)
+
+
+__all__ = [
+    "Matmul",
+    "Tile",
+    "TritonLowering",
+    "choose_tile",
+    "fit",
+    "packing",
+    "prepare",
+    "quantize_input",
+    "run",
+    "text_of",
+]

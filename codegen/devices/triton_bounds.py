@@ -9,7 +9,9 @@ and Pranesh, Numerical behavior of NVIDIA tensor cores, 2021, section 4); the in
   scale is rounded, then its product with the number, then (with a minimum, itself rounded) the sum; for activations of fp32
   all that is rounded to fp32.
 * Products of two 16-bit floats are exact in fp32 (at most 22 bits), those of fp32 are rounded.
-* Sums: one rounding per k, one per step and unit, one with each group's scale, split and the row's scale.
+* Bytes: sums of a group are exact integers. Three roundings per group (to a float, times its scale, into the sum) and those
+  at the end: the scale of the row of x, splits.
+* Sums of floats: one rounding per k, one per step and unit, one with each group's scale, split and the row's scale.
 
 Below the normal numbers a rounded operand is off by up to half the smallest subnormal number of its type.
 """
@@ -21,11 +23,12 @@ from dataclasses import dataclass
 
 import torch
 
+from qcompile.codegen.devices.triton_lines import Layout
 from qcompile.codegen.devices.triton_numbers import Numbers
-from qcompile.codegen.devices.triton_text import Layout
 from qcompile.codegen.spec import KernelSpec
 from qcompile.ir.codec import part_names
 from qcompile.ir.granularity import Nested, PerGroup
+from qcompile.ir.matmul import quantize_rows
 from qcompile.ir.packing import unpack_codes, unpack_scales
 from qcompile.ir.scales import load_scale
 
@@ -115,6 +118,9 @@ def expected(
     steps = -(-k // layout.unit) * 8 // min(spec.weight.format.planes)
     groups = -(-k // layout.group) if layout.group else 1
     roundings = k + steps + groups + 8 + (k if spec.x == "f32" else 0)
+    if spec.act is not None:
+        codes, scale = quantize_rows(x.float(), spec.act)
+        wide, roundings = codes.double() * scale.double(), 3 * groups + 8
     # Sums below the normal numbers: one error of the smallest number for each rounding, with the row's scale where it waits.
     waiting = weight.size.amax(1) / weight.value.abs().clamp_min(2.0**-149).amax(1).clamp_min(1) + 1
     tiny = 2.0**-126 * roundings * (1 + waiting)

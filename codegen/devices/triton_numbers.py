@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qcompile.ir.formats import Format
+from qcompile.ir.scheme import Scheme
 
 IntegerDecode = Literal["subnormal", "magic"]
 
@@ -172,6 +173,56 @@ class Numbers:
                 low += width
 
 
+@dataclass(frozen=True)
+class Bytes:
+    """How the codes of an integer format become signed bytes, four at a time.
+
+    A 32-bit word of the `mma8` packing holds the codes of four neighbouring columns at the same place of its bytes; one AND
+    takes them out.
+
+    Attributes:
+        fmt: of the codes. factor, offset: number = byte * factor + offset.
+    """
+
+    fmt: Format
+    factor: int
+    offset: int
+
+    @staticmethod
+    def of(fmt: Format) -> Bytes:
+        """Raises `ValueError` for a format whose numbers are no integers in steps of one size."""
+        affine = _affine(fmt)
+        if affine is None:
+            raise ValueError(f"{fmt.name} has no byte arithmetic")
+        factor, offset = affine
+        return Bytes(fmt, factor, offset + 128 if fmt.bits == 8 else offset)
+
+    def corrected(self, weight: Scheme) -> bool:
+        """Whether sums of bytes need the sum of x to become sums of numbers."""
+        return self.offset != 0 or weight.scale.zero == "z"
+
+    @property
+    def steps(self) -> int:
+        """Blocks of 16 columns in one word."""
+        return 8 // min(self.fmt.planes)
+
+    def word(self, step: int) -> str:
+        """Text of the 32-bit word whose bytes are the operands of a step; codes of 8 bits less 128, as bytes have a sign."""
+        terms, low = [], 0
+        for plane, width in enumerate(self.fmt.planes):
+            per = 8 // width
+            mask = ((1 << width) - 1) << low
+            moved = _shifted(f"q{plane}_{step // per}", step % per * width - low)
+            terms.append(moved if width == 8 else f"({moved} & {_signed(mask * 0x01010101)})")
+            low += width
+        return " | ".join(terms) if self.fmt.bits < 8 else f"{terms[0]} ^ {_signed(0x80808080)}"
+
+
+def has_bytes(fmt: Format) -> bool:
+    """Whether a format has byte arithmetic."""
+    return _affine(fmt) is not None
+
+
 def _affine(fmt: Format) -> tuple[int, int] | None:
     """(a, b) with value = a code + b for every code that is ever stored, `None` when there is none."""
     if fmt.kind == "int":
@@ -191,6 +242,10 @@ def _shifted(word: str, right: int) -> str:
 
 
 def _both(half: int) -> str:
-    """A constant in both halves; as a negative number where its top bit is set, since it must fit int32."""
-    value = half << 16 | half
+    """A constant in both halves."""
+    return _signed(half << 16 | half)
+
+
+def _signed(value: int) -> str:
+    """32 bits as Triton reads them into an int32."""
     return hex(value) if value < 1 << 31 else f"-{hex((1 << 32) - value)}"

@@ -17,7 +17,7 @@ from qcompile.errors import QCError, warn
 from qcompile.ir.granularity import Nested
 from qcompile.ir.matmul import MatmulSpec
 from qcompile.ir.packing import BLOCK
-from qcompile.ir.scheme import PACKINGS, Scheme
+from qcompile.ir.scheme import PACKINGS, Packing, Scheme
 from qcompile.passes.base import Pass, PassContext, node_device
 from qcompile.passes.detect.canonicalize import canonicalize
 from qcompile.passes.detect.sites import SITE
@@ -30,7 +30,7 @@ from qcompile.passes.detect.weights import (
     weight_of,
     why_not_constant,
 )
-from qcompile.passes.match import argument, shape_of
+from qcompile.passes.match import argument, op_name, shape_of
 from qcompile.plan.plan import Decision, Plan
 from qcompile.plan.recipe import Choice
 from qcompile.plan.site import Site
@@ -58,15 +58,18 @@ class Resolve(Pass):
             if decision.site.refused:
                 site = linears.get(index, decision.site)
                 _refuse(ctx, site, site.refused)
-        for node in gm.graph.nodes:
+        layouts: dict[str, Packing] = {}  # of tables that a matmul reads too: they share one copy
+        for node in sorted(gm.graph.nodes, key=lambda node: op_name(node) == "embedding"):
             index = node.meta.get(SITE)
             if index is None or ctx.plan.decisions[index].site.refused:
                 continue
             site = ctx.plan.decisions[index].site
             weight = weight_of(argument(node, 1, "weight"), constants)
             assert weight is not None  # detect refuses sites without one
-            choice = _packed_for(ctx, node, _choose(ctx, site, weight))
+            choice = _packed_for(ctx, node, _choose(ctx, site, weight), layouts.get(site.path))
             choices.append(choice)
+            if choice.weight is not None:
+                layouts.setdefault(site.path, choice.weight.packing)
             _decide(ctx, site, choice, node)
         ctx.plan.unused_rules = ctx.recipe.unused(choices)
 
@@ -135,12 +138,13 @@ def _linears_of_buffers(graph: fx.Graph, ctx: PassContext) -> dict[int, Site]:
     return found
 
 
-def _packed_for(ctx: PassContext, node: fx.Node, choice: Choice) -> Choice:
+def _packed_for(ctx: PassContext, node: fx.Node, choice: Choice, shared: Packing | None) -> Choice:
     """The choice in the layout that the kernels of the site's device read, unless the recipe names one."""
     scheme = choice.weight
     if scheme is None or choice.reason == PACKED or scheme.packing != PACKINGS[0]:
         return choice
-    return replace(choice, weight=replace(scheme, packing=ctx.packing(node_device(node))))
+    act = None if ctx.options.policy == "accuracy" else choice.act
+    return replace(choice, weight=replace(scheme, packing=shared or ctx.packing(node_device(node), act)))
 
 
 def _refuse(ctx: PassContext, site: Site, reason: str) -> None:

@@ -48,6 +48,24 @@ def cpp_wrapper_active() -> bool:
     return bool(V.graph.cpp_wrapper)
 
 
+def inlined(function: Callable[[torch.Tensor], Sequence[torch.Tensor]], value: Any) -> Sequence[Any]:
+    """What a functional torch function makes of an IR value, as IR: Inductor fuses it with what is around.
+
+    Args:
+        function: traced with fake tensors, once per use.
+    """
+    from torch._inductor import ir
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.lowering import process_subgraph_nodes
+    from torch._inductor.virtualized import V
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with V.fake_mode:
+        graph = make_fx(function, decomposition_table=select_decomp_table())(ir.ir_node_to_tensor(value))
+    graph.graph.eliminate_dead_code()
+    return cast("Sequence[Any]", process_subgraph_nodes(graph, [value]))
+
+
 def contiguous(value: Any) -> Any:
     """An IR value in memory, contiguous (copied only if it is not)."""
     from torch._inductor import ir

@@ -1,7 +1,7 @@
 """Bit layouts: codes `[N, K]` of 1 to 8 bits to bytes and back.
 
 A code of `bits` bits is cut into planes of power-of-two width (6 = 4 + 2), the first plane holding its low
-bits, so that every plane fills bytes exactly and every width shares the same code. Three layouts:
+bits, so that every plane fills bytes exactly and every width shares the same code. The layouts:
 
 **tile16**, what the CPU kernels read and what is saved. Rows come in panels of 16, columns in blocks of 32;
 codes beyond N and K are 0. Packed: uint8 `[P, KB, bits * 64]` with P = ceil(N/16), KB = ceil(K/32). Inside
@@ -20,17 +20,20 @@ width w has w/v tiles of 1 KB; inside a tile the bytes are `[half h][lane][word]
 (i, i1) of both half words are the two elements that one register of the instruction holds, and all planes of a code lie in
 the same word of the same lane. Packed: uint8 `[P, bytes of a panel]`, plane after plane, unit after unit. Scales: as tile16.
 
+**mma8** is the same for instructions on bytes: lane `4 g + t` owns columns `4 t ..` of each step, one in each byte of the
+word, so bit field i of byte c of tile j holds column `16 (8/w j + i) + 4 t + c` of the word.
+
 **rows**, device neutral: per row, the planes one after the other, each `ceil(K*w/8)` bytes, column `c` in the
 bits `(c mod 8/w) * w ..` of byte `c div (8/w)`. Packed: uint8 `[N, sum ceil(K*w/8)]`; scales `[N, G]`.
 
 All cut along N without touching a byte (in panels: at multiples of 16): packing commutes with sharding rows.
 
-Sources: the operand layout is that of `mma.m16n8k16` and `wgmma.m64k16` in the PTX ISA.
+Sources: the operand layouts are those of `mma.m16n8k16`, `mma.m16n8k32` and `wgmma` in the PTX ISA.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -57,7 +60,7 @@ def packed_shape(bits: int, n: int, k: int, packing: str = "tile16") -> tuple[in
     planes = bit_planes(bits)
     if packing == "rows":
         return (n, sum(ceil_div(k * width, 8) for width in planes))
-    if packing == "mma16":
+    if packing in _INNER:
         return (ceil_div(n, PANEL), padded_columns(bits, k) * bits * PANEL // 8)
     return (ceil_div(n, PANEL), ceil_div(k, BLOCK), bits * 64)
 
@@ -130,12 +133,13 @@ def pack_codes(codes: Tensor, bits: int, packing: str = "tile16") -> Tensor:
             planes.append(_join(_pad(codes, n, size * per).reshape(n, size, per, 1), shift, width).flatten(1))
         return torch.cat(planes, dim=1)
     panels = ceil_div(n, PANEL)
-    if packing == "mma16":
+    if packing in _INNER:
+        inner, order = _INNER[packing]
         units = ceil_div(k, unit_columns(bits))
         padded = _pad(codes, panels * PANEL, units * unit_columns(bits))
         for shift, width, per in _plan(bits):
-            fields = padded.reshape(panels, 2, 8, units, 4, _tiles(bits, width), per, 2, 4, 2)
-            planes.append(_join(fields.permute(_MMA_ORDER).unsqueeze(-1), shift, width).flatten(1))
+            fields = padded.reshape(panels, 2, 8, units, 4, _tiles(bits, width), per, *inner).permute(order)
+            planes.append(_join(fields.unsqueeze(-1), shift, width).flatten(1))
         return torch.cat(planes, dim=1)
     blocks = ceil_div(k, BLOCK)
     padded = _pad(codes, panels * PANEL, blocks * BLOCK)
@@ -164,11 +168,12 @@ def unpack_codes(packed: Tensor, bits: int, n: int, k: int, packing: str = "tile
         if packing == "rows":
             size = ceil_div(k * width, 8)
             part = _split(packed[:, start : start + size].unsqueeze(-1), width, per).flatten(1)[:, :k]
-        elif packing == "mma16":
+        elif packing in _INNER:
+            inner, order = _INNER[packing]
             size = padded_columns(bits, k) * width * PANEL // 8
-            lanes = _mma_bytes(packed[:, start : start + size], _tiles(bits, width))
+            lanes = _mma_bytes(packed[:, start : start + size], _tiles(bits, width), inner)
             fields = _split(lanes.unsqueeze(-1), width, per).squeeze(-1)
-            part = fields.permute(_MMA_BACK).flatten(3).flatten(0, 2)[:n, :k]
+            part = fields.permute(_inverse(order)).flatten(3).flatten(0, 2)[:n, :k]
         else:
             size = width * 64
             tiles = packed[:, :, start : start + size].reshape(shape[0], shape[1], width, PANEL, 4)
@@ -191,12 +196,15 @@ def gather_codes(packed: Tensor, bits: int, k: int, rows: Tensor, packing: str =
         if packing == "rows":
             size = ceil_div(k * width, 8)
             fields = _split(packed[:, start : start + size][rows].unsqueeze(-1), width, per)
-        elif packing == "mma16":
+        elif packing in _INNER:
+            inner, order = _INNER[packing]
             size = padded_columns(bits, k) * width * PANEL // 8
-            lanes = _mma_bytes(packed[:, start : start + size], _tiles(bits, width))
+            lanes = _mma_bytes(packed[:, start : start + size], _tiles(bits, width), inner)
             lanes = lanes[rows // PANEL, :, :, rows % PANEL // 8, rows % 8]
-            # [row, unit, j, t, word, b, i1, i]: columns are unit, word, j, i, i1, t, b.
-            fields = _split(lanes.unsqueeze(-1), width, per).squeeze(-1).permute(0, 1, 4, 2, 7, 6, 3, 5)
+            # Of the order only the columns are left: the dimensions from the fourth on, in their own order.
+            left = [dim for dim in order if dim >= 3]
+            columns = (1 + left.index(dim) for dim in sorted(left))
+            fields = _split(lanes.unsqueeze(-1), width, per).squeeze(-1).permute(0, *columns)
         else:
             size = width * 64
             tiles = packed[:, :, start : start + size].reshape(packed.shape[0], packed.shape[1], width, PANEL, 4)
@@ -239,9 +247,16 @@ def _plan(bits: int) -> Sequence[tuple[int, int, int]]:
     return plan
 
 
-# Rows are (panel, half, g), columns (unit, word, j, i, i1, t, b): the dimensions in the order of the bytes, then i.
-_MMA_ORDER = (0, 3, 5, 1, 2, 8, 4, 9, 7, 6)
-_MMA_BACK = tuple(_MMA_ORDER.index(dim) for dim in range(10))
+# How the 16 columns of a step are told apart, and the dimensions (panel, half, g; unit, word, j, i, those of the step) in the
+# order of the bytes, then i. mma16: the step is (i1, t, b); mma8: (t, c).
+_INNER: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "mma16": ((2, 4, 2), (0, 3, 5, 1, 2, 8, 4, 9, 7, 6)),
+    "mma8": ((4, 4), (0, 3, 5, 1, 2, 7, 4, 8, 6)),
+}
+
+
+def _inverse(order: Sequence[int]) -> tuple[int, ...]:
+    return tuple(order.index(dim) for dim in range(len(order)))
 
 
 def _tiles(bits: int, width: int) -> int:
@@ -249,9 +264,10 @@ def _tiles(bits: int, width: int) -> int:
     return width // min(bit_planes(bits))
 
 
-def _mma_bytes(plane: Tensor, tiles: int) -> Tensor:
-    """One plane of panels as `[P, unit, j, half, g, t, word, b, i1]`."""
-    return plane.reshape(plane.shape[0], plane.shape[1] // (tiles * 1024), tiles, 2, 8, 4, 4, 2, 2)
+def _mma_bytes(plane: Tensor, tiles: int, inner: tuple[int, ...]) -> Tensor:
+    """One plane of panels as `[P, unit, j, half, g, t, word, ...]`, the last dimensions being those of a word's bytes."""
+    last = (2, 2) if len(inner) == 3 else (4,)
+    return plane.reshape(plane.shape[0], plane.shape[1] // (tiles * 1024), tiles, 2, 8, 4, 4, *last)
 
 
 def _pad(codes: Tensor, n: int, k: int) -> Tensor:

@@ -7,7 +7,7 @@ label, JSON value. So it must be unique (equal schemes print equally) and must p
     gran   := "tensor" | "axis" d | "g" size | "token" | "b" h "x" w   (two nest, the innermost first)
     scale  := fp32 | fp16 | bf16 | e8m0 | pow2 | e4m3 | int8           (e4m3, int8: inside an outer scale)
     zero   := "+z" | "+m"                                              (zero point | minimum; uintN only)
-    packing := tile16 | mma16 | rows   rounding := nearest | stochastic | floor
+    packing := tile16 | mma16 | mma8 | rows     rounding := nearest | stochastic | floor
 
 The scale may be left out when read (fp32; fp16 for groups) and is always printed; the default packing
 (tile16) and rounding (nearest) are never printed.
@@ -51,11 +51,11 @@ __all__ = [
 ]
 
 Zero = Literal["z", "m"]
-Packing = Literal["tile16", "mma16", "rows"]
+Packing = Literal["tile16", "mma16", "mma8", "rows"]
 Rounding = Literal["nearest", "stochastic", "floor"]
 
 ZEROS: tuple[Zero, ...] = ("z", "m")
-PACKINGS: tuple[Packing, ...] = ("tile16", "mma16", "rows")
+PACKINGS: tuple[Packing, ...] = ("tile16", "mma16", "mma8", "rows")
 ROUNDINGS: tuple[Rounding, ...] = ("nearest", "stochastic", "floor")
 
 
@@ -85,7 +85,7 @@ class Scheme:
         granularity: which elements share a scale.
         scale: format of the (inner) scales.
         outer: format of the outer scales of a `Nested` granularity, else None.
-        packing: `tile16` (16 rows x 32 columns), `mma16` (operands of tensor cores) or `rows`, see `packing.py`.
+        packing: `tile16` (16 rows x 32 columns), `mma16` or `mma8` (operands of tensor cores) or `rows`, see `packing.py`.
         rounding: `nearest` (ties to even), `stochastic`, `floor`.
     """
 

@@ -97,10 +97,11 @@ def pack_tile16(codes: Tensor, bits: int) -> Tensor:
     return packed.to(torch.uint8)
 
 
-def pack_mma16(codes: Tensor, bits: int) -> Tensor:
+def pack_mma16(codes: Tensor, bits: int, octets: bool = False) -> Tensor:
     """The mma16 layout, one field at a time: where the PTX ISA says that element (row, column) of the 16 x 16 operand A
     lies (thread `4 * (row mod 8) + column mod 8 div 2`, register `2 * (column div 8) + row div 8`), and what `packing`
-    adds to that (whose word, which bits)."""
+    adds to that (whose word, which bits). `octets`: mma8, for operands of bytes, where thread `4 * (row mod 8) + column mod
+    16 div 4` holds column mod 4."""
     n, k = codes.shape
     narrow = min(width for _, width in planes(bits))
     panels, units = (n + 15) // 16, (k + 512 // narrow - 1) // (512 // narrow)
@@ -111,6 +112,8 @@ def pack_mma16(codes: Tensor, bits: int) -> Tensor:
         word, rest = divmod(rest, 128 // narrow)
         step, inner = divmod(rest, 16)  # which instruction of the word, and where in it
         thread, register, half = 4 * (row % 8) + inner % 8 // 2, 2 * (inner // 8) + row % 16 // 8, inner % 2
+        if octets:
+            thread, register, half = 4 * (row % 8) + inner // 4, row % 16 // 8 + 2 * (inner % 2), inner % 4 // 2
         for low, width in planes(bits):
             tile, field = divmod(step, 8 // width)
             byte = (unit * (width // narrow) + tile) * 1024 + register % 2 * 512 + thread * 16 + word * 4

@@ -6,6 +6,8 @@ Every bound is computed by `qcompile.codegen.devices.triton_bounds` from the ker
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,12 +19,13 @@ pytest.importorskip("triton", reason="triton is not installed: torch's builds fo
 
 from qcompile.codegen.devices.triton import Tile, TritonLowering, run, text_of
 from qcompile.codegen.devices.triton_bounds import ROUNDOFF, SMALLEST, expected
-from qcompile.codegen.devices.triton_text import Layout
+from qcompile.codegen.devices.triton_lines import Layout
+from qcompile.codegen.devices.triton_numbers import has_bytes
 from qcompile.codegen.spec import KernelSpec
 from qcompile.ir.codec import quantize
 from qcompile.ir.formats import FORMATS
-from qcompile.ir.matmul import OUT_DTYPES
-from qcompile.ir.packing import pack_codes, pack_scales
+from qcompile.ir.matmul import OUT_DTYPES, quantize_rows
+from qcompile.ir.packing import pack_codes, pack_scales, unpack_codes, unpack_scales
 from qcompile.ir.scheme import Scheme
 from qcompile.testing.interpret import interpret
 
@@ -49,8 +52,9 @@ DTYPES = list(OUT_DTYPES)
 TILES = [Tile(), Tile(units=2, columns=32), Tile(splits=3), Tile(rows=32, columns=16, units=4, splits=2)]
 
 
-def spec_of(weight: str, x: str = "f16", **more: object) -> KernelSpec:
-    return KernelSpec(Scheme.parse(f"{weight}@mma16"), None, x=x, **{"y": x, **more})  # type: ignore[arg-type]
+def spec_of(weight: str, x: str = "f16", act: str = "", **more: object) -> KernelSpec:
+    scheme = Scheme.parse(f"{weight}@{'mma8' if act else 'mma16'}")
+    return KernelSpec(scheme, Scheme.parse(act) if act else None, **{"x": x, "y": x, **more})  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -91,6 +95,75 @@ def test_product(scheme: str, x: str, tile: Tile, m: int, n: int, k: int, pad: i
     assert (y.shape, y.dtype) == ((m, n), OUT_DTYPES[x])
     assert ((y.double() - want.value).abs() <= allowed(want.value, want.bound, x)).all()
     assert (y[m // 2] == 0).all()
+
+
+# Every integer format, one scale for a row and one for each unit of the packing or two.
+BYTES = [name for name, fmt in FORMATS.items() if has_bytes(fmt)]
+BYTE_SCHEMES = [
+    *(f"{name}/axis0{':fp32+z' if name.startswith('u') else ''}" for name in BYTES),
+    *(f"{name}/g{512 if FORMATS[name].bits % 2 else 256}:fp16" for name in BYTES if not name.startswith("u")),
+    "int4/g128:fp16",
+    "uint4/g128:fp16+z",
+    "int8/g64:fp16",
+    "uint8/g192:bf16+z",
+    "int4/g128:int8/axis0:fp32",
+    "int8/tensor",
+]
+
+
+@pytest.mark.parametrize("scheme", BYTE_SCHEMES)
+@settings(max_examples=5, deadline=None, derandomize=True)
+@given(
+    x=st.sampled_from(DTYPES),
+    tile=st.sampled_from(TILES),
+    m=st.integers(1, 20),
+    n=st.integers(1, 70),
+    k=st.integers(1, 70) | st.sampled_from([130, 600, 1024, 1600]),
+    seed=st.integers(0, 9),
+)
+def test_product_of_bytes(scheme: str, x: str, tile: Tile, m: int, n: int, k: int, seed: int) -> None:
+    spec = spec_of(scheme, x, act="int8/token")
+    assert TritonLowering().supports(spec)
+    parts = quantize(weight(n, k, seed), spec.weight)
+    torch.manual_seed(seed)
+    values = torch.randn(m, k).to(OUT_DTYPES[x])
+    values[m // 2] = 0
+    y = run(spec, values, parts, [], [n], k, tile)
+    want = expected(spec, values, parts, n, k)
+    assert ((y.double() - want.value).abs() <= allowed(want.value, want.bound, x)).all()
+    assert (y[m // 2] == 0).all()
+
+
+@pytest.mark.parametrize("scheme", ["int8/axis0", "uint4/axis0:fp32+z", "int3/tensor", "binary/axis0"])
+def test_sums_of_bytes_are_exact(scheme: str) -> None:
+    """One scale for a row: the integer sum and two roundings, bit for bit, whatever the splits."""
+    spec = spec_of(scheme, "f32", act="int8/token")
+    n, k = 37, 1100
+    x, parts = torch.randn(5, k), quantize(weight(n, k, 1), spec.weight)
+    q, s = quantize_rows(x, spec.act)  # type: ignore[arg-type]
+    number = spec.weight.format.levels()[unpack_codes(parts[0], spec.weight.format.bits, n, k, "mma8").long()].long()
+    number = number - unpack_scales(parts[2], n).long() if len(parts) > 2 else number
+    want = (q.long() @ number.T).float() * unpack_scales(parts[1], n).T * s
+    for tile in TILES:
+        assert torch.equal(run(spec, x, parts, [], [n], k, tile), want)
+
+
+def test_segments_and_pairs_of_bytes() -> None:
+    spec = spec_of("uint4/g128:fp16+z", "bf16", act="int8/token", segments=2, epilogue="silu(a0)*a1")
+    n, k, x = 37, 260, torch.randn(18, 260).bfloat16()
+    parts = [quantize(weight(n, k, i), spec.weight) for i in (3, 4)]
+    flat = [p for part in parts for p in part]
+    one, other = (expected(spec, x, part, n, k) for part in parts)
+    silu = torch.nn.functional.silu(one.value)
+    want = silu * other.value
+    error = 1.1 * other.value.abs() * one.bound + silu.abs() * other.bound + 1.1 * one.bound * other.bound
+    error = error + 6 * 2.0**-23 * want.abs()
+    got = run(spec, x, flat, [], [n, n], k, Tile(splits=2))
+    assert ((got.double() - want).abs() <= allowed(want, error, "bf16")).all()
+    joined = replace(spec, epilogue="acc")
+    both = run(joined, x, flat, [], [n, n], k, Tile(columns=32))
+    acc, bound = torch.cat((one.value, other.value), 1), torch.cat((one.bound, other.bound), 1)
+    assert ((both.double() - acc).abs() <= allowed(acc, bound, "bf16")).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -222,7 +295,7 @@ def test_every_code_is_exact_either_way(decode: str) -> None:
             count = len(fmt.table) or 1 << fmt.bits
             codes = (torch.arange(16)[:, None] * 37 + torch.arange(k)[None, :] * 11).remainder(count).to(torch.uint8)
             parts = [pack_codes(codes, fmt.bits, "mma16"), pack_scales(torch.ones(16, 1), "mma16")]
-            text = triton_text.weight_only(spec, decode)  # type: ignore[arg-type]
+            text = triton_text.kernel_text(spec, decode)  # type: ignore[arg-type]
             y = run(spec, torch.eye(k).to(OUT_DTYPES[dtype]), parts, [], [16], k, Tile(), text)
             assert torch.equal(y.T, fmt.levels()[codes.long()]), (name, dtype)
 
@@ -234,7 +307,11 @@ def test_every_code_is_exact_either_way(decode: str) -> None:
         ("int4/b32x32@mma16", "", "b32x32"),
         ("int4/axis1@mma16", "", "axis1"),
         ("int4/g32:fp16", "", "tile16"),
-        ("int4/g32:fp16@mma16", "int8/token", "activation"),
+        ("int4/axis0@mma16", "int8/token", "mma8"),
+        ("int4/g32:fp16@mma8", "int8/token", "128 columns"),
+        ("uint4/g128:fp16+m@mma8", "int8/token", "no minimum"),
+        ("e4m3/axis0@mma8", "int8/token", "no integer"),
+        ("int4/axis0@mma8", "int4/token", "int8/token works"),
     ],
 )
 def test_refusals_have_a_reason(scheme: str, act: str, word: str) -> None:
@@ -249,3 +326,19 @@ def test_the_text_of_a_spec_is_always_the_same() -> None:
     first = text_of(spec).source
     text_of.cache_clear()
     assert text_of(spec).source == first
+
+
+GOLDEN = {
+    "weight_only": spec_of("int4/g128:fp16", "bf16"),
+    "operand": spec_of("uint3/g64:fp16+m", "f16", segments=2, epilogue="acc+e0", extras=(("row", "f32"),)),
+    "pair_of_bytes": spec_of("uint4/g128:fp16+z", "bf16", act="int8/token", segments=2, epilogue="silu(a0)*a1"),
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_text(name: str) -> None:
+    """The whole text, to be read in a review. After a change that is meant: rewrite the file with the text of the spec."""
+    file = Path(__file__).parent / "golden" / f"{name}.txt"
+    assert text_of(GOLDEN[name]).source == file.read_text(encoding="utf-8"), (
+        f"text_of(GOLDEN[{name!r}]).source is another text than {file}"
+    )

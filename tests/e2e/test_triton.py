@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="triton is not installed: torch's builds fo
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
-from qcompile import explain
+from qcompile import Recipe, Rule, explain
 from qcompile.codegen.devices.triton_bounds import ROUNDOFF
 from qcompile.ir.matmul import DTYPE_NAMES
 from qcompile.testing.interpret import interpret
@@ -54,11 +54,11 @@ def gated(dtype: torch.dtype) -> Gated:
     return Gated().to(dtype).eval()
 
 
-def close(got: Tensor, model: Gated, x: Tensor, scheme: str) -> bool:
+def close(got: Tensor, model: Gated, x: Tensor, scheme: str, step: float = 0.0) -> bool:
     """As the float model with the decoded weights, but for roundings: an input of a linear is rounded by the norm (twice),
-    the gate (twice) or the result before, an operand of a kernel at most three times, a result once."""
+    the gate (twice) or the result before, an operand of a kernel at most three times, a result once; and by `step`."""
     exact = decoded(copy.deepcopy(model).double(), scheme)
-    bound = noise_bound(exact, x, step=8 * ROUNDOFF[DTYPE_NAMES[x.dtype]])
+    bound = noise_bound(exact, x, step=step + 8 * ROUNDOFF[DTYPE_NAMES[x.dtype]])
     residual = ROUNDOFF[DTYPE_NAMES[x.dtype]] * float(got.abs().max())
     return float((got.double() - exact(x.double())).abs().max()) <= bound + residual
 
@@ -91,6 +91,22 @@ def test_one_kernel_for_each_matmul_with_its_end(dtype: torch.dtype) -> None:
 def test_schemes(scheme: str) -> None:
     model, x = gated(torch.bfloat16), torch.randn(7, 128, dtype=torch.bfloat16)
     assert close(compiled(model, scheme)(x), model, x, scheme)
+
+
+@pytest.mark.parametrize("scheme", ["int8/axis0", "uint4/g128:fp16+z"])
+def test_activations_are_quantized_where_they_are_made(scheme: str) -> None:
+    """The norm's kernel also writes codes; gelu's and the gate's results become codes in one kernel each; sums of the two
+    groups of the last input take another. Half a step of 127 is what rounding moves an input of a linear by."""
+    model, x = gated(torch.bfloat16), torch.randn(7, 128, dtype=torch.bfloat16)
+    recipe = Recipe((Rule(scheme, act="int8/token"),))
+    out, (code,) = run_and_get_code(compiled(model, recipe), x)
+    called = launches(code.partition("def call(")[2].partition("return")[0])
+    assert len([name for name in called if name == "qcompile_qmm"]) == 3
+    assert len(called) == 6 + ("g128" in scheme)
+    assert close(out, model, x, scheme, step=0.5 / 127)
+    for rows in (1, 20):
+        x = torch.randn(rows, 128, dtype=torch.bfloat16)
+        assert close(compiled(model, recipe, dynamic=True)(x), model, x, scheme, step=0.5 / 127)
 
 
 def test_one_graph_serves_every_number_of_rows() -> None:

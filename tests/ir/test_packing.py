@@ -18,7 +18,7 @@ from qcompile.ir.packing import (
 from qcompile.testing import oracles
 from qcompile.testing.strategies import code_matrices, shapes
 
-LAYOUTS = ("tile16", "mma16", "rows")
+LAYOUTS = ("tile16", "mma16", "mma8", "rows")
 widths = st.integers(1, 8)
 
 
@@ -38,6 +38,7 @@ def test_layouts_are_the_documented_loops(bits: int, data: st.DataObject) -> Non
     assert torch.equal(pack_codes(codes, bits), oracles.pack_tile16(codes, bits))
     assert torch.equal(pack_codes(codes, bits, "rows"), oracles.pack_rows(codes, bits))
     assert torch.equal(pack_codes(codes, bits, "mma16"), oracles.pack_mma16(codes, bits))
+    assert torch.equal(pack_codes(codes, bits, "mma8"), oracles.pack_mma16(codes, bits, octets=True))
 
 
 def hexadecimal(block: Tensor, start: int, count: int) -> str:
@@ -127,6 +128,11 @@ def test_golden_bytes_of_operands() -> None:
     assert hexadecimal(packed[0], 1024, 4) == "06 00 00 00"
     assert hexadecimal(packed[1], 16, 4) == "00 00 05 00"
     assert int((packed != 0).sum()) == 14
+    # For bytes lane 0 holds columns 0 .. 3: a word's four bytes.
+    packed = pack_codes(codes, 4, "mma8")
+    assert hexadecimal(packed[0], 0, 8) == "f1 02 03 04 0e 00 00 00"
+    assert hexadecimal(packed[0], 16, 4) == "05 06 07 08"  # lane 1: columns 4 .. 7
+    assert hexadecimal(packed[1], 0, 4) == "00 00 00 05"
 
 
 @given(widths, st.integers(0, 3), st.integers(0, 3), st.data())
@@ -134,7 +140,7 @@ def test_packing_commutes_with_row_shards(bits: int, first: int, count: int, dat
     codes = data.draw(code_matrices(bits))
     start, stop = first * PANEL, (first + count) * PANEL
     shard = codes[start:stop]
-    for packing in ("tile16", "mma16"):
+    for packing in ("tile16", "mma16", "mma8"):
         whole = pack_codes(codes, bits, packing)
         assert torch.equal(whole[first : first + count], pack_codes(shard, bits, packing))
     assert torch.equal(pack_codes(codes, bits, "rows")[start:stop], pack_codes(shard, bits, "rows"))
