@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.util
 import os
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,16 +26,28 @@ def triton_version() -> str | None:
 def triton_kernel(source: str) -> Any:
     """The function `kernel` that a text defines, decorated by `triton.jit`; the same object for the same text.
 
-    Triton reads a kernel's source from its file, so the text lies in Inductor's code cache.
+    Triton reads a kernel's source from its file, at any time of the kernel's life: texts lie in a folder that is there as
+    long as the process.
     """
     return _load(source, os.environ.get("TRITON_INTERPRET", ""))
 
 
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="qcompile-triton-")
+
+
 @functools.lru_cache(maxsize=1024)
 def _load(source: str, _interpreted: str) -> Any:  # a kernel is one for the interpreter, or not, from its decoration on
-    from torch._inductor.codecache import PyCodeCache
-
-    return PyCodeCache.load(source).kernel
+    name = f"qcompile_triton_{hashlib.sha256(source.encode()).hexdigest()[:16]}"
+    path = Path(_folder().name, f"{name}.py")
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.kernel
 
 
 def writes_triton(device: torch.device) -> bool:
