@@ -13,17 +13,18 @@ from qcompile.codegen.tuning.triton import shapes
 from qcompile.ir.scheme import Scheme
 from qcompile.testing.compile_for import TARGETS, Report, compile_kernel
 
-# Instructions per weight in the loop over K for the first shipped shape of sm_90, in bf16: what the kernels have, so that a
-# change that costs some is seen. An H200 at full bandwidth has time for 6.9 of 8 bits, 5.2 of 6, 3.4 of 4, 2.6 of 3 and 1.7 of
-# 2 (132 multiprocessors, 128 lanes, 1.75 GHz, 4.3 TB/s); what is above its line is bound by instructions, not by memory.
+# Instructions per weight in the loop over K for the first shipped shape of sm_90, in bf16: what the kernels have with
+# Triton 3.6 or 3.7, so that a change that costs some is seen. An H200 at full bandwidth has time for 6.9 of 8 bits, 5.2 of
+# 6, 3.4 of 4, 2.6 of 3 and 1.7 of 2 (132 multiprocessors, 128 lanes, 1.75 GHz, 4.3 TB/s); what is above its line is bound
+# by instructions, not by memory.
 BUDGET = {
     "int4/axis0": 2.2,
     "int4/g128:fp16": 3.0,
     "uint4/g128:fp16+z": 3.1,
     "uint4/g32:fp16+m": 5.0,
-    "int8/axis0": 2.9,
-    "e4m3/axis0": 3.4,
-    "e5m2/axis0": 3.4,
+    "int8/axis0": 3.3,
+    "e4m3/axis0": 3.8,
+    "e5m2/axis0": 3.8,
     "e3m2/axis0": 4.6,
     "e2m1/g32:e8m0": 5.0,
     "int3/g512:fp16": 3.1,
@@ -86,7 +87,8 @@ def test_few_rows_on_hopper(scheme: str) -> None:
     assert (report.spill_bytes, report.loop.shuffles, report.loop.i2f) == (0, 0, 2 * ("+z" in scheme))
     assert all(name.startswith("HGMMA") for name in report.loop.mma)
     assert report.loop.widest_of("W0") == 16
-    assert not {"STS", "LDSM", "STSM"} & set(report.loop.shared)
+    # Triton 3.6 lets scales and zero points change lanes through shared memory; the decoded operand would take 32 and more.
+    assert sum(report.loop.shared.get(name, 0) for name in ("STS", "LDSM", "STSM")) <= 4
     weights = tile.columns * tile.units * text_of(spec).layout.unit
     assert report.loop.instructions * report.threads / weights <= BUDGET[scheme]
 
