@@ -155,12 +155,12 @@ def _lower_qmm(x: Any, parts: Sequence[Any], extras: Sequence[Any], spec: str) -
     if gpu:
         _dump(kernel, text_of(kernel).source, "#", "py")
         names = (spec, DTYPE_NAMES[dtype], DTYPE_NAMES[out], tuple(DTYPE_NAMES[d] for d in dtypes))
-        return compat.extern_python_kernel(
-            make=f"__import__({_TRITON!r}, fromlist=['prepare']).prepare{names!r}", **place
-        )
-    built = CpuLowering().emit(kernel)
-    _dump(kernel, built.source, "//", "cpp")
-    return compat.extern_cpp_kernel(argtypes=built.argtypes, source=built.source, **place)
+        make = f"__import__({_TRITON!r}, fromlist=['prepare']).prepare{names!r}"
+    else:
+        built = CpuLowering().emit(kernel)
+        _dump(kernel, built.source, "//", "cpp")
+        make = compat.cpp_binding(built.argtypes, built.source)
+    return compat.extern_kernel(make=make, **place)
 
 
 _TRITON = "qcompile.codegen.devices.triton"

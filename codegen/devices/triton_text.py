@@ -25,7 +25,7 @@ from qcompile.ir.scheme import Scheme
 TYPES = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
 
 
-# Device functions of the text, in an order in which each finds those it calls.
+# Device functions: a text has those that it calls.
 HELPERS = {
     "halves": '''@triton.jit
 def halves(words, DT: tl.constexpr):

@@ -66,9 +66,10 @@ class Resolve(Pass):
             site = ctx.plan.decisions[index].site
             weight = weight_of(argument(node, 1, "weight"), constants)
             assert weight is not None  # detect refuses sites without one
-            choice = _packed_for(ctx, node, _choose(ctx, site, weight), layouts.get(site.path))
+            shared = layouts.get(site.path) if site.kind == "embedding" else None
+            choice = _packed_for(ctx, node, _choose(ctx, site, weight), shared)
             choices.append(choice)
-            if choice.weight is not None:
+            if choice.weight is not None and site.path:
                 layouts.setdefault(site.path, choice.weight.packing)
             _decide(ctx, site, choice, node)
         ctx.plan.unused_rules = ctx.recipe.unused(choices)

@@ -96,28 +96,13 @@ def row_stride(value: Any) -> Any:
     return stride[-2] if len(size) >= 2 else size[-1]
 
 
-def extern_cpp_kernel(
-    *,
-    name: str,
-    argtypes: Sequence[str],
-    source: str,
-    inputs: Sequence[Any],
-    scalars: Callable[[], Sequence[Any]],
-    size: Sequence[Any],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Any:
-    """An IR node that calls `extern "C" void kernel(inputs..., output, scalars...)` from the generated
-    wrapper.
-
-    The text is built with Inductor's C++ builder, once per distinct text, in parallel with Inductor's own
-    kernels.
-    """
-    body = f"async_compile.cpp_pybinding({list(argtypes)!r}, r'''{framed(source)}''')\n"
-    return _extern(name, body, inputs, scalars, size, dtype, device)
+def cpp_binding(argtypes: Sequence[str], source: str) -> str:
+    """The expression that builds `extern "C" void kernel(...)` with Inductor's C++ builder: once per distinct text, in
+    parallel with Inductor's own kernels."""
+    return f"async_compile.cpp_pybinding({list(argtypes)!r}, r'''{framed(source)}''')\n"
 
 
-def extern_python_kernel(
+def extern_kernel(
     *,
     name: str,
     make: str,
@@ -132,27 +117,15 @@ def extern_python_kernel(
     Args:
         make: a Python expression for the callable, evaluated once when the generated code is loaded.
     """
-    return _extern(name, make, inputs, scalars, size, dtype, device)
-
-
-def _extern(
-    name: str,
-    body: str,
-    inputs: Sequence[Any],
-    scalars: Callable[[], Sequence[Any]],
-    size: Sequence[Any],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Any:
     from torch._inductor import ir
     from torch._inductor.virtualized import V
 
     class Call(ir.ExternKernelOut):
         def codegen(self, wrapper: Any) -> None:
-            kernel = wrapper.src_to_kernel.get(body)
+            kernel = wrapper.src_to_kernel.get(make)
             if kernel is None:
-                kernel = wrapper.src_to_kernel[body] = f"{name}_{wrapper.next_kernel_suffix()}"
-                wrapper.define_kernel(kernel, body, gpu=False)
+                kernel = wrapper.src_to_kernel[make] = f"{name}_{wrapper.next_kernel_suffix()}"
+                wrapper.define_kernel(kernel, make, gpu=False)
             nodes: list[Any] = [*self.inputs, self]
             tensors = [item.codegen_reference() for item in nodes]
             numbers = [wrapper.codegen_python_sizevar(V.graph.sizevars.simplify(_expr(s))) for s in scalars()]

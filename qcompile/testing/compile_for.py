@@ -20,7 +20,8 @@ from rich.table import Table
 from qcompile.compat import aot, triton_version
 from qcompile.errors import QCError, suggest
 from qcompile.testing.interpret import interpret
-from qcompile.testing.sass import Counts, count, main_loop, parse_amdgcn, parse_sass, pointers_of
+from qcompile.testing.sass import Counts, count, main_loop, parse_amdgcn, parse_sass
+from qcompile.testing.source import pointers_of
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from qcompile.codegen.devices.triton_bounds import ROUNDOFF, SMALLEST, expected
 from qcompile.codegen.spec import KernelSpec
 from qcompile.ir.codec import dequantize, quantize
 from qcompile.ir.matmul import OUT_DTYPES
-from qcompile.ir.packing import pack_codes, packed_parts
+from qcompile.ir.packing import pack_codes
 from qcompile.ir.scheme import Scheme
 
 
@@ -147,4 +147,4 @@ def _activation(draw: DrawFn, m: int, k: int, dtype: torch.dtype, generator: tor
     return x
 
 
-__all__ = ["Problem", "packed_parts", "problems"]
+__all__ = ["Problem", "problems"]

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from qcompile import Pass, PassContext, QCError, default_passes
 from qcompile.backend import DEFAULT_PASSES, watching
+from qcompile.ir.scheme import Scheme
 from qcompile.options import Options
 from qcompile.passes.base import Stage
 from qcompile.passes.freeze.freeze import Freeze
@@ -19,6 +20,7 @@ from qcompile.passes.late.outline_pass import Outline
 from qcompile.passes.match import drop_dead, effects_before, op_name, writes
 from qcompile.passes.rewrite.merge import Merge
 from qcompile.passes.rewrite.resolve import Resolve
+from qcompile.plan.recipe import Recipe, Rule
 from tests.e2e.models import TinyLM
 from tests.passes.graphs import RECIPE, Functional, context, dynamo_graph, post_graph, run
 
@@ -254,6 +256,19 @@ def test_a_pass_without_what_it_requires_is_refused(edits: dict[str, Any], words
     assert step in caught.value.next
     with pytest.raises(QCError, match=words):  # also from the backend, in the call that compiles
         call(edits, torch.randn(3, 32), Functional(lambda y: y, (16,)))
+
+
+def test_a_matmul_takes_the_layout_of_its_own_activations() -> None:
+    fused = nn.Parameter(torch.randn(96, 32))
+    gm, inputs = dynamo_graph(
+        lambda x: (nn.functional.linear(x, fused[:64]), nn.functional.linear(x, fused[64:])), torch.randn(4, 32)
+    )
+    weight, act = Scheme.parse("int8/axis0:fp32"), Scheme.parse("int8/token:fp32")
+    ctx = context(gm, inputs, Recipe((Rule(weight, act, min_weights=2048), Rule(weight))), policy="memory")
+    ctx.packing = lambda device, act: "mma8" if act else "mma16"
+    run(DYNAMO[: [item.name for item in DYNAMO].index("resolve") + 1], gm, ctx)
+    assert {decision.site.path for decision in ctx.plan} == {"fused"}
+    assert [decision.weight.packing for decision in ctx.plan if decision.weight] == ["mma8", "mma16"]
 
 
 @pytest.mark.parametrize("item", [Failing(), Dangling()], ids=lambda item: item.name)
