@@ -64,6 +64,8 @@ class PassContext:
         packing: the layout that kernels of a device read, for activations of a scheme.
         training: whether autograd is recording for this graph.
         packed: graph inputs that `freeze` added.
+        origins: of each site, by index: the name of the node that it was in Dynamo's graph; while `explain` watches.
+        others: the nodes of that graph that are no site, by name: the operator, and the line it comes from.
     """
 
     options: Options
@@ -75,6 +77,8 @@ class PassContext:
     packing: Callable[[torch.device, Scheme | None], Packing]
     training: bool = False
     packed: list[PackedInput] = field(default_factory=list)
+    origins: dict[int, str] = field(default_factory=dict)
+    others: dict[str, tuple[str, str]] = field(default_factory=dict)
 
 
 class Pass:

@@ -52,13 +52,17 @@ def describe(value: object) -> str:
     """Text for a value and all that it names: equal in two processes only for equal meaning. A value that cannot be
     described gets another text at every call. Never raises."""
     try:
-        return _table(value, ())
+        return _table(value, (), [_MOST])
     except Exception:
         return f"never found: {uuid.uuid4().hex}"
 
 
-def _table(value: object, outer: tuple[object, ...]) -> str:
-    """The table of all objects that `value` reaches; those of `outer` are sets on the way to it, and not read again."""
+def _table(value: object, outer: tuple[object, ...], left: list[int]) -> str:
+    """The table of all objects that `value` reaches; those of `outer` are sets on the way to it, and not read again.
+
+    Args:
+        left: how many objects may be read yet, by all tables together: items of sets may hold sets, over and over.
+    """
     objects: list[object] = []  # held, so that no address is used twice
     numbers = {id(item): f"outer {index}" for index, item in enumerate(outer)}
 
@@ -72,9 +76,10 @@ def _table(value: object, outer: tuple[object, ...]) -> str:
 
     lines = [pointer(value)]
     for item in objects:  # grows on the way
-        if len(objects) > _MOST:
+        left[0] -= 1
+        if left[0] < 0:
             raise OverflowError
-        text, parts = _set(item, outer) if isinstance(item, set | frozenset) else _parts(item)
+        text, parts = _set(item, outer, left) if isinstance(item, set | frozenset) else _parts(item)
         lines.append(f"{text} {' '.join(map(pointer, parts))}")
     return "\n".join(lines)
 
@@ -99,9 +104,9 @@ def _parts(value: Any) -> Parts:
     return _object(value)
 
 
-def _set(value: set[object] | frozenset[object], outer: tuple[object, ...]) -> Parts:
+def _set(value: set[object] | frozenset[object], outer: tuple[object, ...], left: list[int]) -> Parts:
     """A set in the order of its items' own tables: the set's own order depends on hashes."""
-    items = sorted((_table(item, (*outer, value)), index, item) for index, item in enumerate(value))
+    items = sorted((_table(item, (*outer, value), left), index, item) for index, item in enumerate(value))
     kind: Any = type(value)
     extra = () if kind in (set, frozenset) else (kind, value.__getstate__())
     return f"{kind.__name__!r} {len(items)}", (*(item for *_, item in items), *extra)
@@ -272,7 +277,7 @@ def _version(name: str) -> str:
         frozen = getattr(getattr(package, "__spec__", None), "origin", None) in ("built-in", "frozen")
         return sys.version if frozen or (file.startswith(_STDLIB) and not installed) else ""
     version = getattr(package, "__version__", None)
-    return f"{version} {_source(module)}" if installed and module and isinstance(version, str) else ""
+    return f"{version} {_files(root, file)}" if installed and module and isinstance(version, str) else ""
 
 
 def _origin(name: str) -> str:
@@ -281,6 +286,15 @@ def _origin(name: str) -> str:
     if not found:
         raise TypeError
     return found
+
+
+@functools.lru_cache(maxsize=1024)
+def _files(root: str, file: str) -> str:
+    """Hash of the sizes and times of an installed package's files: who works on one installs it under one version again."""
+    places = sorted(Path(file).parent.rglob("*")) if os.path.basename(file).startswith("__init__.") else [Path(file)]
+    stats = [(path, path.stat()) for path in places if path.suffix in (".py", ".so", ".pyd")]
+    text = "\n".join(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _source(module: types.ModuleType) -> str:

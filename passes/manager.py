@@ -32,18 +32,22 @@ class PassManager:
         """Run every pass on `gm` in place.
 
         Raises:
-            QCError: "pass.failed" naming the pass, with the original error as cause; a `QCError` of a pass is
+            QCError: "pass.failed" naming the pass, with the original error as cause ("pass.value" naming an earlier one that
+                left nodes without example values); a `QCError` of a pass is
                 passed on as it is. An optional pass that fails is undone instead, with a note and a `QCWarning`,
                 unless the options say `strict` or `verify`.
         """
         careful = ctx.options.strict or ctx.options.verify
         if dump is not None:
             write(dump, 0, "input", gm, ctx.plan)
+        valueless: dict[fx.Node, str] = {}
         for number, item in enumerate(self.passes, 1):
             undo = _snapshot(gm, ctx) if item.optional and not careful else None
             try:
+                before = set(gm.graph.nodes)
                 item.run(gm, ctx)
                 gm.graph.lint()
+                valueless |= _valueless(item, gm.graph, before)
             except QCError:
                 raise
             except Exception as error:
@@ -53,10 +57,10 @@ class PassManager:
                     ctx.plan.notes.append(note)
                     warn(f"{note}. The result is right, and maybe slower.")
                     continue
-                raise QCError(
+                raise _blame(gm.graph, valueless) or QCError(
                     "pass.failed",
                     f"pass {item.name!r} failed: {type(error).__name__}: {error}",
-                    next=f"{_way_out(item, ctx)}, or mend it",
+                    next=_way_out(item, ctx, self.passes),
                 ) from error
             if dump is not None:
                 write(dump, number, item.name, gm, ctx.plan)
@@ -64,14 +68,40 @@ class PassManager:
         return gm
 
 
-def _way_out(item: Pass, ctx: PassContext) -> str:
-    """How to compile without a pass. Only those of the default list can be dropped by name."""
+def _valueless(item: Pass, graph: fx.Graph, before: set[fx.Node]) -> dict[fx.Node, str]:
+    """The nodes that a pass added and that do not say what they give, with its name."""
+    keys = {"example_value", "val"}
+    return {
+        node: item.name
+        for node in graph.nodes
+        if node.op.startswith("call_") and node not in before and not keys & node.meta.keys()
+    }
+
+
+def _blame(graph: fx.Graph, valueless: dict[fx.Node, str]) -> QCError | None:
+    """What made a pass fail, where it is an earlier one."""
+    found = [node for node in graph.nodes if node in valueless]
+    if not found:
+        return None
+    return QCError(
+        "pass.value",
+        f"pass {valueless[found[0]]!r} added the node {found[0].name!r} without an example value",
+        why="passes after it read shapes and dtypes from node.meta",
+        next="add nodes with qcompile.passes.match.insert(graph, function, *args, like=node), which computes it",
+    )
+
+
+def _way_out(item: Pass, ctx: PassContext, passes: Sequence[Pass]) -> str:
+    """How to compile without a pass. Only those of the default list that no other pass requires can be dropped by name."""
     edits = ctx.options.passes
     if any(edit.new is item for edit in edits.insert):
-        return "take it out of options['passes']['insert']"
+        return "take it out of options['passes']['insert'], or mend it"
     if any(new is item for _, new in edits.replace):
-        return "take it out of options['passes']['replace']"
-    return f"drop it with options={{'passes': {{'drop': ['{item.name}']}}}}"
+        return "take it out of options['passes']['replace'], or mend it"
+    if any(item.name in other.requires for other in passes):
+        own = "see whether it works without the passes of your own; " if edits.insert or edits.replace else ""
+        return f"{own}please report it"
+    return f"drop it with options={{'passes': {{'drop': ['{item.name}']}}}}, or mend it"
 
 
 def _snapshot(gm: fx.GraphModule, ctx: PassContext) -> Callable[[], None]:

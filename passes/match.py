@@ -53,6 +53,10 @@ _WITHOUT_SURPRISES = frozenset("torch _operator builtins math einops".split())
 _Op = torch._ops.OpOverload | torch._ops.OpOverloadPacket
 
 
+# Key of a node's meta: the node of Dynamo's graph in whose place it stands, where somebody wants to know.
+ORIGIN = "qcompile_origin"
+
+
 def op_name(node: fx.Node) -> str:
     """Bare name of what a node computes ("matmul", "linear", "getitem"), "" for placeholders and outputs. What is not
     torch's own (or this package's) has a qualified name: "mylib::linear", "my.module.linear"."""
@@ -112,7 +116,7 @@ def insert(graph: fx.Graph, target: Callable[..., Any], *args: Any, like: fx.Nod
     """Add a call at the graph's insert point; source location from `like`, example value computed on
     fakes."""
     node = graph.call_function(target, args, kwargs)
-    for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "custom"):
+    for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "custom", ORIGIN):
         if key in like.meta:
             node.meta[key] = like.meta[key]
     values = fx.map_arg((args, kwargs), lambda n: value_of(n))
@@ -220,7 +224,7 @@ def memory_of(node: fx.Node) -> int | None:
     value = value_of(node)
     if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
         return None
-    return int(value.untyped_storage()._cdata)
+    return int(compat.without_levels(value).untyped_storage()._cdata)
 
 
 def bodies(node: fx.Node) -> list[tuple[fx.GraphModule, dict[fx.Node, Any]]]:

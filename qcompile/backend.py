@@ -43,6 +43,7 @@ from qcompile.passes.late.epilogue import Epilogue
 from qcompile.passes.late.outline_pass import Outline
 from qcompile.passes.late.pieces import Pieces
 from qcompile.passes.manager import PassManager
+from qcompile.passes.match import ORIGIN
 from qcompile.passes.rewrite.attention import GroupQueries
 from qcompile.passes.rewrite.merge import Merge
 from qcompile.passes.rewrite.resolve import Resolve, warn_notes
@@ -136,6 +137,9 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -
     passes: list[Any] = options.passes.apply(DEFAULT_PASSES)
     work = compat.clone_graph(gm)
     names = [node.name for node in work.graph.nodes if node.op == "placeholder"]
+    if trace is not None and trace.run == "float":
+        for node in work.graph.nodes:
+            node.meta[ORIGIN] = node.name
     devices = {value.device for value in inputs if isinstance(value, torch.Tensor)}
     generates = compat.cpp_compiler() is not None or (bool(devices) and all(map(compat.writes_triton, devices)))
     ctx = PassContext(
@@ -192,13 +196,13 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -
         for item in (inputs_by_name[n.name] for n in packed)
     ]
     if trace is None:
-        _release(ctx)
+        release(ctx)
     if not slots and len(kept) == len(names):
         return compiled
     return FrozenCall(compiled, slots, [position[n.name] for n in kept], STORE)
 
 
-def _release(ctx: PassContext) -> None:
+def release(ctx: PassContext) -> None:
     """Compiled code keeps the context as long as it lives itself, because a backward graph is compiled later. It must not
     keep the model's parameters and packed weights with it."""
     ctx.inputs.clear()

@@ -11,14 +11,16 @@ import ast
 import importlib
 import inspect
 import json
+import logging
 import os
+import signal
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -28,6 +30,7 @@ from rich.text import Text
 from qcompile import __version__
 
 if TYPE_CHECKING:
+    from qcompile.errors import QCError
     from qcompile.ledger import Explanation
 
 app = typer.Typer(
@@ -83,22 +86,22 @@ def doctor(as_json: _Json = False) -> None:
 
     with _err.status("looking at this machine ..."), redirect_stdout(sys.stderr):
         findings = list(examine())
-    failed = [finding.check for finding in findings if not finding.ok]
-    ready = not any(check.essential for check in failed)
+    ready = all(finding.ok for finding in findings if finding.check.essential)
     if as_json:
         checks = [
-            {"name": f.check.name, "found": f.found, "ok": f.ok, "essential": f.check.essential, "fix": f.check.fix}
+            {"name": f.check.name, "found": f.found, "ok": f.ok, "essential": f.check.essential, "fix": f.fix}
             for f in findings
         ]
         print(json.dumps({"ready": ready, "checks": checks}, indent=1))
     else:
         table = Table("check", "found", "", title="qcompile doctor", title_justify="left")
         for finding in findings:
-            bad = ("MISSING", "bold red") if finding.check.essential else ("-", "yellow")
+            bad = ("MISSING", "bold red") if finding.check.essential and finding.fix else ("-", "yellow")
             table.add_row(finding.check.name, finding.found, Text(*(("ok", "green") if finding.ok else bad)))
         _out.print(table)
-        for check in failed:
-            _out.print(Text.assemble((check.name, "bold"), ": ", check.fix), soft_wrap=True)
+        for finding in findings:
+            if finding.fix:
+                _out.print(Text.assemble((finding.check.name, "bold"), ": ", finding.fix), soft_wrap=True)
         if ready:
             _out.print("ready")
     if not ready:
@@ -107,20 +110,23 @@ def doctor(as_json: _Json = False) -> None:
 
 @app.command()
 def explain(
-    target: Annotated[str, typer.Argument(help="module.path:callable that returns (model, inputs)")],
+    target: Annotated[
+        str, typer.Argument(help="module.path:function that returns (model, inputs) or (model, inputs, keyword inputs)")
+    ],
     recipe: Annotated[str, typer.Option(help="preset, scheme or JSON file")] = "auto",
     policy: Annotated[str, typer.Option(help="speed, memory or accuracy")] = "speed",
     strict: Annotated[bool, typer.Option("--strict", help="fail where a site cannot be quantized as asked")] = False,
+    trace: Annotated[bool, typer.Option("--traceback", help="where a model that fails does so, in full")] = False,
     as_json: _Json = False,
 ) -> None:
     """Print what the backend does with every matmul of a model, and why."""
     settings = {"recipe": recipe, "policy": policy, "strict": strict}
     if as_json:
         with redirect_stdout(sys.stderr):  # the model may print
-            found = _explain(target, settings)
+            found = _explain(target, settings, trace)
         print(json.dumps(found.to_json(), indent=1, allow_nan=False))
     else:
-        _out.print(_explain(target, settings))
+        _out.print(_explain(target, settings, trace))
 
 
 @app.command()
@@ -129,6 +135,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="folder for the table, the chart and the JSON file")] = Path("demo-results"),
 ) -> None:
     """Quantize a small language model in every way and measure quality, speed and size against float."""
+    signal.signal(signal.SIGTERM, _terminate)  # `timeout`: there are processes to stop and 500 MB of files to delete
     from qcompile.demo import run
 
     run(quick=quick, out=out)
@@ -164,7 +171,13 @@ def bench(
 
 
 # ---------------------------------------------------------------------------------------------------- details
-def _explain(target: str, settings: dict[str, Any]) -> Explanation:
+def _terminate(number: int, frame: object) -> NoReturn:
+    """End as Ctrl-C does, through every `finally`. Once: `timeout` signals the process and then its group."""
+    signal.signal(number, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
+def _explain(target: str, settings: dict[str, Any], trace: bool) -> Explanation:
     with _users_code():
         made = _load(target)()
     import torch
@@ -183,8 +196,37 @@ def _explain(target: str, settings: dict[str, Any]) -> Explanation:
             "any: return model, (x,) or return model, (x,), {'mask': mask}",
         )
     _check_keywords(target, keywords, api.explain)
+    if not trace:  # the exception says it again
+        logging.getLogger("torch._subclasses.fake_tensor").disabled = True
     with _users_code():
-        return api.explain(model, *args, options=settings, **keywords)
+        try:
+            return api.explain(model, *args, options=settings, **keywords)
+        except QCError:
+            raise
+        except Exception as error:
+            if trace:
+                raise
+            raise _failed(target, error, lambda: model(*args, **keywords)) from error
+
+
+def _failed(target: str, error: Exception, eager: Callable[[], object]) -> QCError:
+    """What went wrong in one line: the model's own words, which a tracer's error is many lines about."""
+    import torch
+
+    from qcompile.errors import QCError
+
+    what, lines = "the model cannot be traced", str(error).strip().splitlines()[:1]
+    try:
+        with torch.inference_mode():
+            eager()
+    except Exception as own:
+        error, what, lines = own, "the model failed on these inputs", str(own).strip().splitlines()[-1:]
+    return QCError(
+        "cli.model",
+        f"{what}: {': '.join([type(error).__name__, *lines])}",
+        where=target,
+        next="--traceback shows where",
+    )
 
 
 def _check_keywords(target: str, keywords: Mapping[Any, object], call: Callable[..., object]) -> None:
@@ -231,25 +273,25 @@ _NOT_THEIRS = (__file__, "<frozen importlib", importlib.__file__)
 def _load(target: str) -> Any:
     from qcompile.errors import QCError
 
+    def refusal(what: str, why: str = "") -> QCError:
+        fix = "name it as package.module:function, where the function returns (model, inputs)"
+        return QCError("cli.target", what, where="qcompile explain", why=why, next=fix)
+
     module, _, name = target.partition(":")
     if not module or not name:
-        raise QCError(
-            "cli.target",
-            f"{target!r} names no function",
-            where="qcompile explain",
-            next="name it as package.module:function, where the function returns (model, inputs)",
-        )
+        raise refusal(f"{target!r} names no function")
     sys.path.insert(0, os.getcwd())  # as `python -m` does: a target may lie in the working folder
     try:
-        return getattr(importlib.import_module(module), name)
+        found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise QCError(
-            "cli.target",
-            f"cannot load {target!r}",
-            where="qcompile explain",
-            why=str(error),
-            next="name it as package.module:function, where the function returns (model, inputs)",
-        ) from error
+        raise refusal(f"cannot load {target!r}", str(error)) from error
+    # A module's own call takes anything; its forward says what it needs.
+    with suppress(ValueError):  # some builtins keep their arguments to themselves
+        try:
+            inspect.signature(getattr(found, "forward", found)).bind()
+        except TypeError as error:
+            raise refusal(f"{target!r} cannot be called without arguments", str(error)) from error
+    return found
 
 
 def _bench_folder() -> Path:

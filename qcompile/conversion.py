@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import fnmatch
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.console import Group
@@ -22,118 +22,16 @@ from rich.text import Text
 from torch import nn
 from torch.nn.utils import parametrize
 
-import qcompile.ir.ops  # noqa: F401  (registers the operators)
 from qcompile import compat
 from qcompile.errors import QCError, warn
 from qcompile.ir.codec import quantize, refuse_nonfinite
-from qcompile.ir.scheme import Scheme
+from qcompile.packed import FLOATS, PackedParts, PackedWeight, attach, packed_weights, parametrized
 from qcompile.passes.detect.sites import is_head
 from qcompile.passes.rewrite.resolve import refuse_ragged
 from qcompile.plan.recipe import Choice, Recipe
 from qcompile.plan.site import Site
 from qcompile.plan.table import Printed, size_unit
 from qcompile.runtime.store import ordinary_tensors, warn_clamped
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class PackedWeight(nn.Module):
-    """The parametrization: `decode(parts)`, seen as the module's `weight`.
-
-    Attributes:
-        scheme: canonical spelling.
-        n: rows of the packed matrix (output features).
-        k: its columns (input features).
-        dtype: dtype of the weight it stands for.
-        transposed: the module keeps its weight as `[k, n]` (HF `Conv1D`).
-        fit: how scales are chosen when a float weight is assigned.
-    """
-
-    def __init__(
-        self, scheme: str, n: int, k: int, dtype: torch.dtype, transposed: bool = False, fit: str = "minmax"
-    ) -> None:
-        super().__init__()
-        self.scheme, self.n, self.k, self.dtype, self.transposed, self.fit = scheme, n, k, dtype, transposed, fit
-        self._given: list[torch.Tensor] | None = None
-
-    def give(self, parts: Sequence[torch.Tensor]) -> None:
-        """Parts that the next `right_inverse` returns instead of encoding."""
-        self._given = list(parts)
-
-    def forward(self, *parts: torch.Tensor) -> torch.Tensor:
-        weight: torch.Tensor = torch.ops.qcompile.decode(list(parts), self.scheme, self.n, self.k, self.dtype)
-        return weight.t() if self.transposed else weight
-
-    @ordinary_tensors()
-    def right_inverse(self, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Assigning `module.weight = w` encodes `w`. Raises `QCError` for NaN or Inf."""
-        given, self._given = self._given, None
-        if given is None:
-            given = quantize(weight.t() if self.transposed else weight, Scheme.parse(self.scheme), fit=self.fit)
-        return tuple(given)
-
-    def extra_repr(self) -> str:
-        return f"{self.scheme}, n={self.n}, k={self.k}, {self.dtype}" + (", transposed" if self.transposed else "")
-
-
-class PackedParts(parametrize.ParametrizationList):
-    """The buffers behind a `PackedWeight`. Their dtypes are part of the scheme: `model.to(torch.bfloat16)` and its like
-    move them, and change the dtype that they are decoded to instead.
-
-    A state dict holds one tensor more, the text of what the buffers mean: bytes of two schemes may look alike.
-    """
-
-    @property
-    def _meaning(self) -> str:
-        return next(f"{item.scheme} [{item.n}, {item.k}]" for item in self if isinstance(item, PackedWeight))
-
-    def forward(self) -> torch.Tensor:
-        """The weight. Dynamo guards what it meets on the way to a weight, for every weight and on every call, so the way
-        is short: no more is looked at than a single `PackedWeight` needs."""
-        if len(self._modules) > 1:  # somebody has put another parametrization on top
-            return super().forward()
-        return cast("PackedWeight", self._modules["0"]).forward(
-            *cast("dict[str, torch.Tensor]", self._buffers).values()
-        )
-
-    def get_extra_state(self) -> torch.Tensor:
-        """UTF-8 bytes of "scheme [n, k]", uint8: every format that keeps tensors keeps it."""
-        return torch.tensor(list(self._meaning.encode()), dtype=torch.uint8)
-
-    def set_extra_state(self, state: torch.Tensor) -> None:
-        """Raises `QCError` ("load.scheme") when the state is of another scheme or size."""
-        found = bytes(state.tolist()).decode(errors="replace")
-        if found != self._meaning:
-            raise QCError(
-                "load.scheme",
-                f"the state dict holds {found}, the module {self._meaning}",
-                next="convert both models with one recipe",
-            )
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        name = f"{prefix}_extra_state"
-        if name in state_dict:  # before a buffer is overwritten
-            try:
-                self.set_extra_state(state_dict[name])
-            except QCError as error:
-                raise error.at(prefix.removesuffix(".")) from error
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedParts:
-        for item in self:
-            if isinstance(item, PackedWeight):
-                item.dtype = fn(torch.empty(0, dtype=item.dtype)).dtype
-
-        def keep(part: torch.Tensor) -> torch.Tensor:
-            bits = part.view(_BITS[part.element_size()])
-            moved = fn(bits)
-            return part if moved is bits else moved.view(part.dtype)
-
-        super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
-        return self
-
-
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 @dataclass(frozen=True)
@@ -153,8 +51,8 @@ class Conversion(Printed):
 
     Attributes:
         weights: converted weights.
-        kept: weights of `nn.Linear`, `nn.Embedding`, HF `Conv1D` and `nn.MultiheadAttention` that stayed as they were,
-            float or packed already, with the reason.
+        kept: (path, reason) of what stayed as it was, float or packed already: weights of `nn.Linear`, `nn.Embedding`, HF
+            `Conv1D` and `nn.MultiheadAttention`, and the float matrices of all other modules.
         notes: rules whose glob matched none of these weights, with the nearest name.
     """
 
@@ -222,6 +120,7 @@ def convert(model: nn.Module, recipe: Any = "auto", *, strict: bool = False) -> 
     groups = _owners_by_weight(module_of(model))
     for weight, owners in groups:
         _check(weight, owners, rules, strict)
+    others = list(_others(module_of(model), {id(weight) for weight, _ in groups}))
     packed = {f"{path}.weight".lstrip("."): item.scheme for path, _, item in packed_weights(module_of(model))}
     kept += [(path, f"packed already as {scheme}") for path, scheme in packed.items()]
     while groups:
@@ -246,12 +145,15 @@ def convert(model: nn.Module, recipe: Any = "auto", *, strict: bool = False) -> 
         for owner in owners:
             attach(
                 owner.module,
-                PackedWeight(str(choice.weight), owner.n, owner.k, weight.dtype, owner.transposed, choice.fit),
+                PackedWeight(
+                    str(choice.weight), owner.n, owner.k, weight.dtype, owner.transposed, choice.fit, owner.path
+                ),
                 parts,
             )
         done.append(Converted(first.path, str(choice.weight), before, sum(p.numel() * p.element_size() for p in parts)))
         done += [Converted(owner.path, str(choice.weight), 0, 0) for owner in owners[1:]]
         del weight, owners, first
+    kept += others
     gc.collect()
     compat.trim_memory()
     notes = [
@@ -288,39 +190,6 @@ def module_of(model: Any) -> nn.Module:
             "model.none", f"a {type(target).__name__} has no parameters", next="pass the module that holds the weights"
         )
     return target
-
-
-def attach(module: nn.Module, packed: PackedWeight, parts: Sequence[torch.Tensor], name: str = "weight") -> None:
-    """Make `parts` the module's weight. Tied modules are given the very same tensors."""
-    # Integer parameters cannot require grad. The user's own parameter keeps its flag: somebody else may hold it.
-    module._parameters[name] = nn.Parameter(getattr(module, name).detach(), requires_grad=False)
-    packed.give(parts)
-    parametrize.register_parametrization(module, name, packed, unsafe=True)
-    made = cast("nn.ModuleDict", module.parametrizations)
-    made.train(module.training)  # new modules are in training mode
-    originals = made[name]
-    originals.__class__ = PackedParts
-    for index, part in enumerate(parts):
-        # Plain buffers: an optimizer over model.parameters() must not meet integer tensors.
-        delattr(originals, f"original{index}")
-        originals.register_buffer(f"original{index}", part)
-
-
-def packed_weights(model: nn.Module) -> list[tuple[str, nn.Module, PackedWeight]]:
-    """Every packed weight: (path of its module, the module, the parametrization)."""
-    found = []
-    for path, module in model.named_modules():
-        for weights in _parametrized(module).values():
-            found += [(path, module, item) for item in weights if isinstance(item, PackedWeight)]
-    return found
-
-
-def _parametrized(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
-    """The parametrized tensors of a module. A user's own module may be called "parametrizations" too."""
-    lists = module._modules.get("parametrizations")
-    if not isinstance(lists, nn.ModuleDict):
-        return {}
-    return {name: item for name, item in lists.items() if isinstance(item, parametrize.ParametrizationList)}
 
 
 def keeps_transposed(module: nn.Module) -> bool:
@@ -369,7 +238,7 @@ def _matrices(module: nn.Module, candidate: bool) -> Iterator[tuple[str, torch.T
         elif isinstance(module, nn.Embedding) and module.max_norm is not None:
             refused = "max_norm renormalizes the table in place on every call"
         yield "weight", weight, refused
-    elif candidate and not isinstance(_parametrized(module).get("weight"), PackedParts):
+    elif candidate and not isinstance(parametrized(module).get("weight"), PackedParts):
         # weight_norm and its like: a matrix of the weight's shape stands for it in the report.
         made = max(module.parameters(), key=lambda p: p.numel(), default=torch.empty(0))
         yield "weight", made, "the weight is computed from other parameters: remove its parametrization first"
@@ -378,6 +247,32 @@ def _matrices(module: nn.Module, candidate: bool) -> Iterator[tuple[str, torch.T
             parameter = module._parameters.get(name)
             if parameter is not None:
                 yield name, parameter, "MultiheadAttention reads its input projection in one piece, as a parameter"
+
+
+# Why the matrices of other modules stay float.
+_NOT_YET: tuple[tuple[type | tuple[type, ...], str], ...] = (
+    (nn.modules.conv._ConvNd, "convolutions are not quantized yet"),
+    ((nn.RNNBase, nn.RNNCellBase), "recurrent layers are not quantized yet"),
+    ((nn.Linear, nn.Embedding), "of a linear or an embedding only `weight` is packed"),
+)
+
+
+def _others(model: nn.Module, seen: set[int]) -> Iterator[tuple[str, str]]:
+    """(path, reason) of each float matrix that is no candidate: none of those `seen`, by identity."""
+    for path, module in model.named_modules():
+        if isinstance(module, parametrize.ParametrizationList):
+            continue  # its tensors stand for the weight of the module that holds it
+        held: dict[str, Any] = dict(module._parameters)
+        for name, made in parametrized(module).items():
+            held[name] = max(made.parameters(), key=lambda p: p.numel(), default=None)
+        kind = f"a {type(module).__name__} is neither a linear nor an embedding of torch"
+        reason = next((text for types, text in _NOT_YET if isinstance(module, types)), kind)
+        for name, tensor in held.items():
+            if tensor is None or id(tensor) in seen or nn.parameter.is_lazy(tensor) or not tensor.is_floating_point():
+                continue
+            if sum(size > 1 for size in tensor.shape) >= 2:
+                seen.add(id(tensor))
+                yield f"{path}.{name}" if path else name, reason
 
 
 def _rows(weight: torch.Tensor, owner: _Owner) -> torch.Tensor:

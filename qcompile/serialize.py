@@ -21,11 +21,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from qcompile.conversion import FLOATS, PackedWeight, attach, keeps_transposed, module_of, packed_weights
+from qcompile.conversion import keeps_transposed, module_of
 from qcompile.errors import QCError, warn
 from qcompile.ir.codec import check_parts, part_names
 from qcompile.ir.fit import FITS
 from qcompile.ir.scheme import Scheme
+from qcompile.packed import FLOATS, PackedWeight, attach, packed_weights
 from qcompile.runtime.store import ordinary_tensors
 
 VERSION = 1
@@ -102,7 +103,7 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     """Fill a model of the same architecture from what `save` wrote, in place.
 
     Args:
-        model: float, or on the meta device; its own weights are dropped unread.
+        model: float, or on the meta device, in the dtypes of the saved one; its own weights are dropped unread.
         path: the folder.
 
     Returns:
@@ -112,22 +113,31 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
         QCError: "model.none", "load.path", "load.version", "load.manifest" (an entry is missing or impossible),
             "load.module" (a module of the file is missing in the model, or is none with such a weight), "load.missing"
             (a tensor of the model is missing in the file), "load.surplus" (the other way round), "load.shape",
-            "load.dtype", or "packing.shape" (packed tensors that do not fit their scheme). The model is as it was then.
+            "load.dtype" (of a tensor, or of the weight that packed ones stand for), or "packing.shape"
+            (packed tensors that do not fit their scheme). The model is as it was then.
     """
     target, folder = module_of(model), Path(path)
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         file = safe_open(str(folder / TENSORS), framework="pt")
-    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
+        damaged = TENSORS if isinstance(error, SafetensorError) else MANIFEST if isinstance(error, ValueError) else ""
         raise QCError(
             "load.path",
             f"cannot read a saved model from {folder}",
+            where=str(folder / damaged),
             why=str(error),
-            next="give the folder given to save",
+            next="the file is damaged: save or copy the model again" if damaged else "give the folder given to save",
         ) from error
     if not isinstance(manifest, dict) or manifest.get("version") != VERSION:
-        found = manifest.get("version") if isinstance(manifest, dict) else manifest
-        raise QCError("load.version", f"{folder} has format version {found!r}, not {VERSION}")
+        version = manifest.get("version") if isinstance(manifest, dict) else manifest
+        raise QCError(
+            "load.version",
+            f"{folder} has format version {version!r}, not {VERSION}",
+            where=str(folder / MANIFEST),
+            why=f"this version of qcompile reads format version {VERSION}",
+            next="load it with the version of qcompile that saved it, or convert and save the model again",
+        )
     with file as tensors:
         aliases, weights = (_entry(manifest, key, dict, str(folder / MANIFEST)) for key in ("aliases", "weights"))
         reader = _Reader(tensors, {name: _entry(aliases, name, str, "aliases") for name in aliases})
@@ -219,16 +229,15 @@ def _packed(model: nn.Module, path: str, entry: Any, reader: _Reader) -> _Packed
             where=where,
             next="build the saved architecture",
         )
-    shape = (k, n) if transposed else (n, k)
-    if tuple(old.shape) != shape:
-        raise _other_shape(f"{where}.weight", shape, old)
+    _compare(f"{path}.weight" if path else "weight", (k, n) if transposed else (n, k), _DTYPES[dtype], old)
     try:
         scheme = Scheme.parse(_entry(entry, "scheme", str, where))
         parts = tuple(reader(f"{_prefix(path)}{index}") for index in range(len(part_names(scheme))))
         check_parts(parts, scheme, n, k)
     except QCError as error:
         raise error.at(where) from error
-    return _Packed(path, module, PackedWeight(str(scheme), n, k, _DTYPES[dtype], transposed, fit), parts)
+    weight = PackedWeight(str(scheme), n, k, _DTYPES[dtype], transposed, fit, f"{path}.weight" if path else "weight")
+    return _Packed(path, module, weight, parts)
 
 
 def _prefix(path: str) -> str:
@@ -248,16 +257,23 @@ def _plain(model: nn.Module, packed: list[_Packed], reader: _Reader) -> dict[str
             next="build the saved architecture",
         )
     for name, (old, tensor) in found.items():
-        if tensor.shape != old.shape:
-            raise _other_shape(name, tuple(tensor.shape), old)
-        if tensor.is_floating_point() != old.is_floating_point():
-            raise QCError("load.dtype", f"the file has {tensor.dtype}, the model {old.dtype}", where=name)
+        _compare(name, tuple(tensor.shape), tensor.dtype, old)
     return found
 
 
-def _other_shape(name: str, shape: tuple[int, ...], old: torch.Tensor) -> QCError:
-    what = f"the file has shape {list(shape)}, the model {list(old.shape)}"
-    return QCError("load.shape", what, where=name, next="build the saved architecture")
+def _compare(name: str, shape: tuple[int, ...], dtype: torch.dtype, old: torch.Tensor) -> None:
+    """Refuse a tensor of the file, or the weight that packed ones stand for, that is not like the model's."""
+    if tuple(old.shape) != shape:
+        what = f"the file has shape {list(shape)}, the model {list(old.shape)}"
+        raise QCError("load.shape", what, where=name, next="build the saved architecture")
+    if old.dtype != dtype:
+        raise QCError(
+            "load.dtype",
+            f"the file has {dtype}, the model {old.dtype}",
+            where=name,
+            why="the loaded model computes what the saved one did, in its dtypes",
+            next=f"build the model in {dtype} (on the meta device too); call model.to({old.dtype}) after load",
+        )
 
 
 def _state(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

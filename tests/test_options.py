@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+import qcompile
 from qcompile import compat
 from qcompile.edits import Insertion, PassEdits
 from qcompile.errors import QCError
@@ -158,9 +161,36 @@ def test_a_bad_option_is_named(options: dict[Any, Any], code: str, words: str) -
     assert caught.value.code == code
 
 
-def test_options_of_another_kind_are_refused() -> None:
-    with pytest.raises(QCError, match="mapping or an Options"):
-        Options.parse("int4")  # type: ignore[arg-type]
+@pytest.mark.parametrize("options", ["int4", [1]], ids=str)
+def test_options_of_another_kind_are_refused(options: Any) -> None:
+    with pytest.raises(QCError, match="mapping or an Options") as caught:
+        Options.parse(options)
+    assert caught.value.what == f"options cannot be {options!r}"
+    assert "options[" not in caught.value.where
+
+
+ARGUMENTS = [
+    name for name, one in inspect.signature(qcompile.compile).parameters.items() if one.kind is one.KEYWORD_ONLY
+]
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_an_argument_of_compile_is_no_option(name: str) -> None:
+    for options in ({name: True}, {"inductor": {name: True}}):
+        with pytest.raises(QCError, match=f"'{name}' is no option but an argument of qcompile.compile") as caught:
+            Options.parse(options)
+        assert f"qcompile.compile(model, {name}=True)" in caught.value.next
+    with pytest.raises(QCError, match=f"did you mean '{name}'"):
+        Options.parse({name + "s": True})
+
+
+def test_help_and_docs_name_every_key() -> None:
+    keys = [*Options.__dataclass_fields__, "mode"]
+    page = (Path(__file__).resolve().parent.parent / "docs" / "start.md").read_text(encoding="utf-8")
+    for key in keys:
+        assert re.search(rf"^ +{key}  ", Options.__doc__ or "", re.M), f"help(qcompile.Options) lacks {key}"
+        assert f"\n| `{key}` |" in page, f"docs/start.md lacks {key}"
+    assert "fast_guards=True" in page
 
 
 def test_the_record_checks_itself() -> None:

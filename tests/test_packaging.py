@@ -12,7 +12,7 @@ import grimp
 import pytest
 
 import qcompile
-from qcompile.demo.model import CARRIERS
+from qcompile.doctor import CARRIERS, EXTRA
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -140,7 +140,11 @@ def test_every_direct_dependency_is_pinned_within_its_bounds() -> None:
         assert wanted.specifier.contains(pins[re.sub(r"[-_.]+", "-", wanted.name).lower()]), text
     carriers = re.search(r"^CARRIERS := (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
     assert carriers
-    assert set(carriers[1].split()) == set(CARRIERS) <= set(pins)
+    assert set(carriers[1].split()) == {pinned.partition("==")[0] for _, pinned in CARRIERS.values()} <= set(pins)
+
+
+def test_doctor_looks_at_the_whole_extra() -> None:
+    assert set(EXTRA) == {re.split("[>=]", line)[0] for line in PROJECT["project"]["optional-dependencies"]["demo"]}
 
 
 def test_doctor_names_the_pinned_versions() -> None:

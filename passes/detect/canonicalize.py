@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from string import ascii_letters
 from typing import Any, ClassVar
 
@@ -19,9 +19,10 @@ from torch import fx
 from torch.nn import functional as F
 
 from qcompile.passes.base import Pass, PassContext
+from qcompile.passes.detect.einsum import einsum_terms
 from qcompile.passes.detect.inline import inline_calls
 from qcompile.passes.detect.weights import constant_nodes
-from qcompile.passes.match import argument, insert, op_name, same, same_tensor, shape_of, value_of
+from qcompile.passes.match import argument, insert, op_name, same, same_tensor, shape_of, transformed, value_of
 
 MAX_STACKED = 64
 LINEAR = F.linear
@@ -43,8 +44,10 @@ def canonicalize(graph: fx.Graph, constants: set[fx.Node]) -> None:
     another shape or dtype than the user's is dropped."""
     # The new nodes' example values are computed without the graph's autocast regions: only shapes tell there.
     autocast = any(op_name(node) == "_enter_autocast" for node in graph.nodes)
+    # The example values inside of a transform are of its own kind, and end with it.
+    inside = transformed(graph)
     for node in list(graph.nodes):
-        rewrite = _REWRITES.get(op_name(node))
+        rewrite = _REWRITES.get(op_name(node)) if node not in inside else None
         if rewrite is None or node.kwargs.get("out") is not None:
             continue
         build = _Builder(graph, node, constants)
@@ -186,34 +189,7 @@ def _scaled_sum(build: _Builder, y: fx.Node, bias: Any, alpha: Any, beta: Any) -
 
 def _einsum(build: _Builder, node: fx.Node) -> fx.Node | None:
     found = einsum_terms(node)
-    return None if found is None else _contract(build, *found[0], *found[1])
-
-
-def einsum_terms(node: fx.Node) -> tuple[list[Any], list[str]] | None:
-    """The two operands of an einsum, and their letters with those of the result; `None` for other einsums."""
-    equation, *operands = node.args
-    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
-        operands = list(operands[0])
-    if not isinstance(equation, str) or len(operands) != 2:
-        return None
-    inputs, arrow, out = equation.replace(" ", "").partition("->")
-    terms = inputs.split(",")
-    if not arrow:  # what stands there once, in the order of the alphabet
-        out = "..." * ("..." in inputs) + "".join(sorted(c for c in set(inputs) - set(",.") if inputs.count(c) == 1))
-    spelled = _without_dots([*terms, out], [shape_of(operand) for operand in operands]) if len(terms) == 2 else None
-    return None if spelled is None else (operands, spelled)
-
-
-def _without_dots(terms: list[str], shapes: Sequence[tuple[Any, ...] | None]) -> list[str] | None:
-    """Terms with letters in the place of "...", when one operand has it (two would broadcast)."""
-    if sum("..." in term for term in terms[:2]) > 1:
-        return None
-    free = [c for c in ascii_letters if not any(c in term for term in terms)]
-    for term, shape in zip(terms[:2], shapes, strict=True):
-        if "..." in term and shape is not None:
-            letters = "".join(free[: len(shape) - len(term) + 3])
-            terms = [t.replace("...", letters) for t in terms]
-    return terms
+    return None if found is None or len(found[0]) != 2 else _contract(build, *found[0], *found[1])
 
 
 def _inner(build: _Builder, node: fx.Node) -> fx.Node | None:

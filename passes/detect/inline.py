@@ -12,7 +12,7 @@ import operator
 import torch
 from torch import fx
 
-from qcompile.passes.match import bodies, recording, same_tensor, value_of, written_placeholders
+from qcompile.passes.match import ORIGIN, bodies, recording, same_tensor, value_of, written_placeholders
 
 _CALLS = frozenset("tag_activation_checkpoint invoke_subgraph wrap".split())
 
@@ -54,6 +54,7 @@ def _inline(gm: fx.GraphModule, node: fx.Node) -> bool:
                 made[item].meta = dict(item.meta)
             elif item.op not in ("placeholder", "output"):
                 made[item] = gm.graph.node_copy(item, lambda n: made[n])
+                made[item].meta[ORIGIN] = node.meta.get(ORIGIN)
     for user in list(node.users):
         result = results[user.args[1]]  # type: ignore[index]
         user.replace_all_uses_with(made[result])  # type: ignore[index]

@@ -17,7 +17,8 @@ from torch import fx
 from torch.utils.weak import WeakIdKeyDictionary
 
 from qcompile.passes.base import Pass, PassContext
-from qcompile.passes.detect.canonicalize import canonicalize, einsum_terms
+from qcompile.passes.detect.canonicalize import canonicalize
+from qcompile.passes.detect.einsum import einsum_flops
 from qcompile.passes.detect.tables import drop_packed_before, warn_packed_before
 from qcompile.passes.detect.unhandled import elements, keeps_apart, matrices_read, rows_read
 from qcompile.passes.detect.weights import (
@@ -35,6 +36,7 @@ from qcompile.passes.detect.weights import (
     why_not_constant,
 )
 from qcompile.passes.match import (
+    ORIGIN,
     argument,
     bodies,
     hint,
@@ -53,6 +55,7 @@ NO_CONTRACTION = "no contraction was found in this graph"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _BOTH_ACTIVATIONS = "both operands are activations; only contractions with a weight are quantized"
 _CONVOLUTION = "convolutions are not quantized yet"
+_TRANSFORMED = "inside a transform of torch.func (vmap, grad, jvp, ...): not handled yet"
 # What users call the operators that hold a graph.
 _SPELLED = {
     "tag_activation_checkpoint": "torch.utils.checkpoint",
@@ -90,6 +93,7 @@ class _Scope:
         inputs: real parameters by the names of their placeholders.
         tables: tensors that embeddings read, see `Store.tables`.
         refused: why nothing in this graph can be quantized, "" when something can.
+        origin: of the call that holds this graph, "" for Dynamo's own (see `PassContext.origins`).
     """
 
     graph: fx.Graph
@@ -101,6 +105,7 @@ class _Scope:
     ctx: PassContext
     tables: WeakIdKeyDictionary
     refused: str = ""
+    origin: str = ""
 
     @classmethod
     def of(
@@ -111,10 +116,11 @@ class _Scope:
         ctx: PassContext,
         tables: WeakIdKeyDictionary,
         refused: str = "",
+        origin: str = "",
     ) -> _Scope:
         constants = constant_nodes(graph, inputs)
         roots = parameter_roots(graph, inputs)
-        scope = cls(graph, constants, roots, recorded, transformed(graph), inputs, ctx, tables, refused)
+        scope = cls(graph, constants, roots, recorded, transformed(graph), inputs, ctx, tables, refused, origin)
         for node in graph.nodes:
             if op_name(node) == "embedding" and (table := weight_of(argument(node, 1, "weight"), constants)):
                 tensors = scope.tensors(table)
@@ -146,11 +152,15 @@ def _enter(scope: _Scope) -> None:
         describe = _DESCRIBE.get(op_name(node))
         if describe is None and not inside and _multiplies(node, scope):
             describe = _unhandled
+        origin = scope.origin or node.meta.get(ORIGIN)
         if describe is not None:
             index = len(plan.decisions)
             site = describe(index, node, scope)
             plan.decisions[index] = Decision(site, reason=site.refused)
             node.meta[SITE] = index
+            scope.ctx.origins |= {index: origin} if origin else {}
+        elif origin and not inside:
+            scope.ctx.others.setdefault(origin, (op_name(node) or str(node.target), source_line(node)))
         # The second graph of an autograd.Function is its backward.
         for body, operands in inside[:1] if op_name(node).endswith("autograd_function_apply") else inside:
             _enter(_inside(body, operands, node, scope))
@@ -171,7 +181,8 @@ def _inside(body: fx.GraphModule, operands: Mapping[fx.Node, Any], node: fx.Node
     where = _SPELLED.get(name, f"torch.ops.higher_order.{name}")
     when = "while autograd records" if node in around.recorded else "yet"
     reason = around.refused or f"inside {where}: not handled {when}"
-    return _Scope.of(inner.graph, inputs, set(), around.ctx, around.tables, reason)
+    origin = around.origin or node.meta.get(ORIGIN, "")
+    return _Scope.of(inner.graph, inputs, set(), around.ctx, around.tables, reason, origin)
 
 
 _STAND_IN = torch.nn.Parameter(torch.empty(0), requires_grad=False)  # for packed weights, which are no parameters
@@ -274,7 +285,7 @@ def _refusal(weight: Weight | None, operand: Any, node: fx.Node, scope: _Scope) 
     if weight.packed is not None and packed_rows(weight) is None:
         return "a view of the packed weight that does not keep whole rows"
     if node in scope.transformed:
-        return "inside a transform of torch.func (vmap, grad, jvp, ...): not handled yet"
+        return _TRANSFORMED
     if node in scope.recorded and may_be_trained(weight, scope.ctx):
         return "autograd is recording and this weight may be trained: use torch.no_grad() or inference_mode()"
     return ""
@@ -295,17 +306,11 @@ def _product(index: int, node: fx.Node, scope: _Scope) -> Site:
     """A contraction that did not become a linear."""
     flops, out = 0, _size(shape_of(node) or ())
     sizes = [_size(shape_of(n) or ()) for n in node.all_input_nodes]
-    if (einsum := einsum_terms(node) if op_name(node) == "einsum" else None) is not None:
-        operands, terms = einsum
-        letters = {
-            c: size
-            for n, term in zip(operands, terms, strict=False)
-            for c, size in zip(term, shape_of(n) or (), strict=False)
-        }
-        flops = 2 * _size(tuple(letters.values()))
+    if op_name(node) == "einsum":
+        flops = einsum_flops(node)
     elif op_name(node) == "tensordot" and out:
         flops = 2 * out * math.isqrt(math.prod(sizes) // out)  # every contracted size is in both operands
-    elif op_name(node) != "einsum":
+    else:
         left = shape_of(
             argument(node, 1 if "add" in op_name(node) else 0, "mat1" if "add" in op_name(node) else "input")
         )
@@ -322,6 +327,8 @@ def _product(index: int, node: fx.Node, scope: _Scope) -> Site:
     weights = [n for n in factors if n in scope.roots]
     if scope.refused:
         return _float_site(index, "bmm", node, flops, scope.refused)
+    if weights and node in scope.transformed:
+        return _float_site(index, "other", node, flops, _TRANSFORMED, root_path(scope.roots[weights[0]]))
     if not weights:
         kept = [behind[0] for n in factors if (behind := buffers_behind(n, scope.roots))]
         reason = "the weight operand is a buffer; only parameters are quantized" if kept else _BOTH_ACTIVATIONS
@@ -339,7 +346,9 @@ def _product(index: int, node: fx.Node, scope: _Scope) -> Site:
 
 def _convolution(index: int, node: fx.Node, scope: _Scope) -> Site:
     weight = shape_of(argument(node, 1, "weight")) or ()
-    flops = 2 * _size(shape_of(node) or ()) * _size(weight[1:])
+    # A transposed one spreads every value of its input.
+    positions = argument(node, 0, "input") if "transpose" in op_name(node) else node
+    flops = 2 * _size(shape_of(positions) or ()) * _size(weight[1:])
     return _float_site(index, "conv", node, flops, scope.refused or _CONVOLUTION)
 
 

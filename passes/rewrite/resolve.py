@@ -30,7 +30,7 @@ from qcompile.passes.detect.weights import (
     weight_of,
     why_not_constant,
 )
-from qcompile.passes.match import argument, op_name, shape_of
+from qcompile.passes.match import argument, op_name, shape_of, transformed
 from qcompile.plan.plan import Decision, Plan
 from qcompile.plan.recipe import Choice
 from qcompile.plan.site import Site
@@ -126,13 +126,14 @@ def _linears_of_buffers(graph: fx.Graph, ctx: PassContext) -> dict[int, Site]:
     buffers = buffer_nodes(graph, roots) if sites else set()
     if not any(node.meta.get(SITE) in sites and buffers.intersection(node.all_input_nodes) for node in graph.nodes):
         return {}
+    inside = transformed(graph)
     trial = copy.deepcopy(graph)
     twins = dict(zip(graph.nodes, trial.nodes, strict=True))
     canonicalize(trial, {twins[node] for node in (*buffers, *roots)})
     left, found = set(trial.nodes), {}
     for node, twin in twins.items():
         index, operands = node.meta.get(SITE), buffers.intersection(node.all_input_nodes)
-        if index in sites and operands and twin not in left:
+        if index in sites and operands and (twin not in left or node in inside):
             weight = max(operands, key=elements)
             why = why_not_constant(weight, roots)
             found[index] = replace(sites[index], kind="linear", n=elements(weight), k=1, refused=why)
@@ -201,6 +202,14 @@ def _decide(ctx: PassContext, site: Site, choice: Choice, node: fx.Node) -> None
         plan.update(site.index, kernel=kernel.name)
 
 
+def _unwanted(decision: Decision, ctx: PassContext) -> bool:
+    """Whether a weight stays float that the recipe would pack: not by a rule, and not because float is faster."""
+    site = decision.site
+    if not site.refused:
+        return decision.reason.startswith(NO_KERNEL)
+    return site.kind not in ("bmm", "attention") and ctx.recipe.resolve(replace(site, kind="linear")).weight is not None
+
+
 def training_notes(plan: Plan) -> list[str]:
     """Notes about weights that stay float because autograd records, one for each."""
     return [note for note in plan.notes if "autograd is recording" in note]
@@ -215,10 +224,11 @@ def warn_notes(ctx: PassContext) -> None:
     for rule in ctx.plan.unused_rules if looked_at else ():
         if rule.path != "*":
             warn(f"recipe {ctx.recipe.name!r}: rule path={rule.path!r} matched no site of this graph{rule.hint(paths)}")
-    lost = [decision.reason for decision in ctx.plan if decision.reason.startswith(NO_KERNEL)]
-    if lost and not any(decision.quantized for decision in ctx.plan if decision.site.kind != "embedding"):
-        warn(f"recipe {ctx.recipe.name!r} quantizes no matmul of this graph: {lost[0]}")
     training = training_notes(ctx.plan)
+    matmuls = [decision for decision in ctx.plan if decision.site.kind != "embedding"]
+    lost = [decision.reason for decision in matmuls if _unwanted(decision, ctx)]
+    if lost and not training and not any(decision.quantized for decision in matmuls):
+        warn(f"recipe {ctx.recipe.name!r} quantizes no matmul of this graph: {lost[0]}")
     if training:
         warn(
             f"{len(training)} weights stay float: autograd is recording, so they may be trained. "

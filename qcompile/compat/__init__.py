@@ -31,6 +31,7 @@ from qcompile.compat.dynamo import (
     skip_module_guards,
     uncompiled,
     unlimited_recompiles,
+    without_levels,
 )
 from qcompile.compat.flops import EagerFlops
 from qcompile.compat.inductor import (
@@ -120,5 +121,6 @@ __all__ = [
     "unlimited_recompiles",
     "warm_cpp",
     "why_whole",
+    "without_levels",
     "writes_triton",
 ]

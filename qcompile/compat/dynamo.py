@@ -110,3 +110,11 @@ def clone_graph(gm: fx.GraphModule) -> fx.GraphModule:
         if hasattr(gm, name):
             setattr(result, name, getattr(gm, name))
     return result
+
+
+def without_levels(value: torch.Tensor) -> torch.Tensor:
+    """The tensor inside of those that transforms of `torch.func` put around it, which have no storage."""
+    functorch: Any = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(value):
+        value = functorch.get_unwrapped(value)
+    return value

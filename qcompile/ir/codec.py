@@ -50,6 +50,7 @@ __all__ = [
     "refuse_nonfinite",
 ]
 
+_PACK_AGAIN = "name the scheme and size that it was packed with, or pack the weight again"
 _CHUNK = 1 << 18  # elements encoded at a time by quantize, so that temporaries stay in the cache
 
 
@@ -236,13 +237,20 @@ def check_parts(parts: Sequence[Tensor], scheme: Scheme, n: int, k: int) -> None
     wanted = packed_parts(scheme, n, k)
     if len(parts) != len(wanted):
         names = ", ".join(part.name for part in wanted)
-        raise QCError("codec.parts", f"{len(parts)} parts for {scheme}", why=f"it has {len(wanted)}: {names}")
+        raise QCError(
+            "codec.parts",
+            f"{len(parts)} parts for {scheme}",
+            why=f"it has {len(wanted)}: {names}",
+            next=_PACK_AGAIN,
+        )
     for part, want in zip(parts, wanted, strict=True):
         if tuple(part.shape) != want.shape or part.dtype != want.dtype:
             raise QCError(
                 "packing.shape",
                 f"{want.name} are {part.dtype} {list(part.shape)}",
-                why=f"those of [{n}, {k}] in {scheme} are {want.dtype} {list(want.shape)}",
+                where=f"a weight [{n}, {k}] in {scheme}",
+                why=f"its {want.name} are {want.dtype} {list(want.shape)}",
+                next=_PACK_AGAIN,
             )
 
 

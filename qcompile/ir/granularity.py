@@ -15,9 +15,14 @@ from qcompile.errors import QCError
 Cell = tuple[int | None, ...]
 
 
-def _at_least(value: int, least: int, what: str, spelling: str) -> None:
+def _at_least(value: int, least: int, what: str, spelling: str, example: str) -> None:
     if value < least:
-        raise QCError("scheme.granularity-size", f"{what} is {value} in {spelling!r}", why=f"it must be >= {least}")
+        raise QCError(
+            "scheme.granularity-size",
+            f"{what} is {value} in {spelling!r}",
+            why=f"it must be >= {least}",
+            next=f"for example {example}",
+        )
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class PerAxis:
     dim: int
 
     def __post_init__(self) -> None:
-        _at_least(self.dim, 0, "dimension", str(self))
+        _at_least(self.dim, 0, "dimension", str(self), "axis0")
 
     def cell(self, ndim: int) -> Cell:
         if self.dim >= ndim:
@@ -56,7 +61,7 @@ class PerGroup:
     size: int
 
     def __post_init__(self) -> None:
-        _at_least(self.size, 1, "group size", str(self))
+        _at_least(self.size, 1, "group size", str(self), "g32")
 
     def cell(self, ndim: int) -> Cell:
         if ndim < 1:
@@ -90,11 +95,13 @@ class PerBlock:
     w: int
 
     def __post_init__(self) -> None:
-        _at_least(min(self.h, self.w), 1, "block side", str(self))
+        _at_least(min(self.h, self.w), 1, "block side", str(self), "b128x128")
 
     def cell(self, ndim: int) -> Cell:
         if ndim < 2:
-            raise QCError("scheme.rank", f"{self} on a tensor of {ndim} dimensions", why="a block spans two")
+            raise QCError(
+                "scheme.rank", f"{self} on a tensor of {ndim} dimensions", why="a block spans two", next="use 'tensor'"
+            )
         return (1,) * (ndim - 2) + (self.h, self.w)
 
     def __str__(self) -> str:
@@ -131,10 +138,12 @@ class Nested:
         """Cell of the outer scales, measured in inner scales."""
         ratio: list[int | None] = []
         for inner, outer in zip(self.inner.cell(ndim), self.outer.cell(ndim), strict=True):
-            if inner is None and outer is not None:
-                raise QCError("scheme.nesting", f"{self.inner} does not nest inside {self.outer} on {ndim} dimensions")
-            if inner is not None and outer is not None and outer % inner:
-                raise QCError("scheme.nesting", f"{self.inner} does not nest inside {self.outer} on {ndim} dimensions")
+            if outer is not None and (inner is None or outer % inner):
+                raise QCError(
+                    "scheme.nesting",
+                    f"{self.inner} does not nest inside {self.outer} on {ndim} dimensions",
+                    next="name an outer granularity that spans whole inner cells, such as tensor",
+                )
             ratio.append(None if outer is None else 1 if inner is None else outer // inner)
         return tuple(ratio)
 

@@ -160,7 +160,9 @@ def unpack_codes(packed: Tensor, bits: int, n: int, k: int, packing: str = "tile
         raise QCError(
             "packing.shape",
             f"packed codes are {packed.dtype} {list(packed.shape)}",
-            why=f"{bits}-bit {packing} codes of [{n}, {k}] are torch.uint8 {list(shape)}",
+            where=f"{bits}-bit {packing} codes of [{n}, {k}]",
+            why=f"those are torch.uint8 {list(shape)}",
+            next="give n, k, bits and packing as they were packed, or pack the codes again",
         )
     start = 0
     codes: Tensor | None = None

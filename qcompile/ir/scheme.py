@@ -16,6 +16,7 @@ The scale may be left out when read (fp32; fp16 for groups) and is always printe
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -97,19 +98,26 @@ class Scheme:
     rounding: Rounding = "nearest"
 
     def __post_init__(self) -> None:
-        for broken, code, what, why in _RULES:
+        for broken, code, what, why, fix in _RULES:
             if broken(self):
-                raise QCError(code, f"{what}: {self}", why=why)
+                raise QCError(code, f"{what}: {self}", why=why, next=fix)
 
     @staticmethod
     def parse(text: str) -> Scheme:
         """Read a spelling; raises QCError `scheme.*` naming the position and the nearest known word."""
+        if not isinstance(text, str):
+            raise QCError(
+                "scheme.text",
+                f"a scheme cannot be {reprlib.repr(text)}",
+                why="it is read from its spelling",
+                next="write text such as 'int8/g64' or 'uint4/g32:fp16+m'",
+            )
         return _parse(text)
 
     @staticmethod
     def of(value: Scheme | str) -> Scheme:
         """Return `value`, parsed when it is a string."""
-        return value if isinstance(value, Scheme) else _parse(value)
+        return value if isinstance(value, Scheme) else Scheme.parse(value)
 
     def __str__(self) -> str:
         if isinstance(self.granularity, Nested):
@@ -160,7 +168,7 @@ def _groups(size: int | None, k: int) -> int:
     return 1 if size is None else ceil_div(k, size)
 
 
-_Rule = tuple[Callable[[Scheme], bool], str, str, str]
+_Rule = tuple[Callable[[Scheme], bool], str, str, str, str]
 
 
 def _integer_unsigned(s: Scheme) -> bool:
@@ -173,47 +181,55 @@ _RULES: tuple[_Rule, ...] = (
         "scheme.zero-on-float",
         "a zero point or minimum on a format that is not an integer",
         "float and table formats have their own zero and sign; +z and +m are for uintN",
+        "leave it out, or use uintN",
     ),
     (
         lambda s: s.scale.zero is not None and not _integer_unsigned(s),
         "scheme.zero-on-signed",
         "a zero point or minimum on a signed integer",
-        "intN is symmetric around its own zero; use uintN with +z or +m",
+        "intN is symmetric around its own zero",
+        "leave it out, or use uintN",
     ),
     (
         lambda s: s.scale.zero == "m" and not s.scale.format.minimum,
         "scheme.minimum-format",
         "a minimum in a scale format that cannot hold a signed number",
-        "a minimum is stored in the scale's format, so the scale must be fp32, fp16 or bf16",
+        "a minimum is stored in the scale's format",
+        "use a scale in fp32, fp16 or bf16",
     ),
     (
         lambda s: isinstance(s.granularity, Nested) != (s.outer is not None),
         "scheme.outer-scale",
         "an outer scale without nesting, or nesting without an outer scale",
         "each granularity has exactly one scale format",
+        "give Nested(inner, outer) two scales, any other granularity one",
     ),
     (
         lambda s: s.outer is None and not s.scale.format.outer,
         "scheme.scale-needs-outer",
         "a scale format of small range standing alone",
-        "e4m3 and int8 scales need an outer scale, as in e2m1/g16:e4m3/tensor:fp32",
+        "e4m3 and int8 scales need an outer scale",
+        "add one, as in e2m1/g16:e4m3/tensor:fp32",
     ),
     (
         lambda s: s.outer is not None and not s.scale.format.inner,
         "scheme.inner-scale",
         "a wide scale inside an outer one",
-        "an outer scale is for inner scales of small range: e4m3, int8 or pow2",
+        "an outer scale is for inner scales of small range",
+        "use an inner scale in e4m3, int8 or pow2, or leave the outer one out",
     ),
     (
         lambda s: s.outer is not None and (not s.outer.format.outer or s.outer.zero is not None),
         "scheme.outer-format",
         "an outer scale that cannot stand alone",
-        "the outer scale is one of " + ", ".join(s.name for s in SCALE_FORMATS.values() if s.outer) + ", without zero",
+        "nothing scales the outer scale",
+        "use one of " + ", ".join(s.name for s in SCALE_FORMATS.values() if s.outer) + ", without zero",
     ),
     (
         lambda s: s.packing not in PACKINGS or s.rounding not in ROUNDINGS,
         "scheme.unknown-option",
         "unknown packing or rounding",
+        "no kernel knows it",
         "packings: " + " ".join(PACKINGS) + "; roundings: " + " ".join(ROUNDINGS),
     ),
 )
@@ -299,7 +315,12 @@ def _read(text: str) -> Scheme:
         scales.append(read.scale(scale, position + len(grain) + 1) if colon else _default_scale(grains[-1]))
         position += len(cell) + 1
     if len(grains) > 2:
-        raise QCError("scheme.nesting", f"{len(grains)} levels of scales", why="there are two levels at most")
+        raise QCError(
+            "scheme.nesting",
+            f"{len(grains)} levels of scales",
+            why="there are two levels at most",
+            next="leave levels out, as in e2m1/g16:e4m3/tensor:fp32",
+        )
     return Scheme(
         FORMATS[name],
         grains[0] if len(grains) == 1 else Nested(*grains),

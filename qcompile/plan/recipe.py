@@ -59,7 +59,7 @@ class Rule:
         for name in FIELDS:
             object.__setattr__(self, name, checked(name, getattr(self, name)))
         weight = self.weight
-        _check_act(self.act)
+        _check_act(self.act, weight)
         if weight is not None and weight.format.kind == "int" and not weight.format.signed and weight.symmetric:
             raise QCError(
                 "recipe.unsigned",
@@ -115,8 +115,8 @@ class Rule:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Rule:
-        """Read what `to_json` wrote; `kind` may be one string. Raises `QCError` ("recipe.rule") on unknown keys and on
-        values of another type."""
+        """Read what `to_json` wrote; `kind` may be one string. Raises `QCError` ("recipe.rule") on unknown keys, without
+        the key "weight" and on values of another type."""
         names = list(FIELDS)
         if not isinstance(data, Mapping):
             raise QCError(
@@ -125,7 +125,14 @@ class Rule:
         for key in data:
             if key not in names:
                 raise QCError("recipe.rule", f"unknown key {key!r} in a rule{_near(key, names)}", next=f"use {names}")
-        return Rule(**{"weight": None, **data})
+        if "weight" not in data:
+            raise QCError(
+                "recipe.rule",
+                "a rule has no key 'weight'",
+                why="what a rule keeps float is spelled out",
+                next='add "weight": a scheme such as "int8/g64", or null to keep its sites float',
+            )
+        return Rule(**data)
 
 
 @dataclass(frozen=True)
@@ -271,13 +278,22 @@ class Recipe:
                 f"unknown recipe {value!r}{suggest(value, PRESETS)}",
                 next=f"use a preset ({', '.join(PRESETS)}), a scheme such as 'uint4/g64:fp16+m', or a .json file",
             )
-        raise QCError("recipe.unknown", f"a recipe cannot be a {type(value).__name__}", next="pass a name or a Recipe")
+        fix = "read it: Recipe.from_json({...})" if isinstance(value, Mapping) else "pass a name or a Recipe"
+        raise QCError("recipe.unknown", f"a recipe cannot be a {type(value).__name__}", next=fix)
 
 
-def _check_act(act: Scheme | None) -> None:
+def _check_act(act: Scheme | None, weight: Scheme | None) -> None:
     """Refuse what no activation can be rounded to while the model runs; `reference_qmm` has the formulas."""
     if act is None:
         return
+    if weight is None:
+        raise QCError(
+            "recipe.act",
+            f"a rule without a weight scheme cannot round activations to {act}",
+            where="act",
+            why="weight None (in a file: null) keeps a site float, activations included",
+            next="give the rule a weight such as 'int8/g64', or leave act out",
+        )
     fits = isinstance(act.granularity, PerToken | PerGroup) and act.format.kind == "int" and act.symmetric
     if not fits or not act.format.signed or act.scale.format.name != "fp32" or act.rounding != "nearest":
         raise QCError(

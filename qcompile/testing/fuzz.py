@@ -8,10 +8,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from hypothesis import HealthCheck, given, seed, settings
-from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
+from qcompile.testing.hypotheses import HealthCheck, SearchStrategy, given, seed, settings
 from qcompile.testing.problems import Problem
 
 

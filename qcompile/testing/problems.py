@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from hypothesis import strategies as st
-from hypothesis.strategies import DrawFn, SearchStrategy
 from torch import Tensor
 
 from qcompile.codegen.devices.triton_bounds import ROUNDOFF, SMALLEST, expected
@@ -20,6 +18,7 @@ from qcompile.ir.codec import dequantize, quantize
 from qcompile.ir.matmul import OUT_DTYPES
 from qcompile.ir.packing import pack_codes
 from qcompile.ir.scheme import Scheme
+from qcompile.testing.hypotheses import DrawFn, SearchStrategy, st
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from hypothesis import strategies as st
-from hypothesis.strategies import DrawFn, SearchStrategy
 from torch import Tensor
 
 from qcompile.ir.formats import FORMATS, SCALE_FORMATS, Format
@@ -30,6 +28,7 @@ from qcompile.ir.scheme import (
     Scheme,
     Zero,
 )
+from qcompile.testing.hypotheses import DrawFn, SearchStrategy, st
 
 SUBNORMALS = (2.0**-149, -(2.0**-149), 2.0**-127, -3.0 * 2.0**-130)
 NONFINITE = (float("nan"), float("inf"), float("-inf"))

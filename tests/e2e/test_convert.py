@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from qcompile import QCError, convert, explain, load, save
 from qcompile.backend import watching
-from qcompile.conversion import PackedWeight, packed_weights
+from qcompile.packed import PackedWeight, packed_weights
 from tests.e2e.models import TinyLM
 from tests.e2e.support import FLOAT, RECIPE, compiled, decoded, encodes_during, fp32_step, noise_bound
 
@@ -122,8 +123,53 @@ def test_assigning_a_weight_encodes_it() -> None:
         assert not torch.equal(before, after)
         assert (after - model(x)).abs().max() <= noise_bound(decoded(plain), x, step=72 * FLOAT)
         assert len(trace.contexts) == 1
-        with pytest.raises(QCError, match="nan"):
+        with pytest.raises(QCError, match="nan") as caught:
             model[0].weight = torch.full((32, 64), float("nan"))
+    assert caught.value.where == "0.weight: index [0, 0]"
+
+
+def linear() -> nn.Module:
+    return nn.Linear(64, 128)
+
+
+def conv1d() -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    return Conv1D(128, 64)
+
+
+# Some have as many panels and blocks as the weight: the packed tensors alone would not tell.
+@pytest.mark.parametrize(
+    ("build", "wrong"),
+    [
+        (linear, torch.randn(120, 50)),
+        (linear, torch.randn(3, 3)),
+        (linear, torch.randn(128)),
+        (linear, torch.ones(128, 64, dtype=torch.long)),
+        (linear, torch.empty(128, 64, device="meta")),
+        (conv1d, torch.randn(128, 64)),
+    ],
+)
+@pytest.mark.parametrize("loaded", [False, True])
+def test_only_a_weights_like_is_assigned(
+    build: Callable[[], nn.Module], wrong: Tensor, loaded: bool, tmp_path: Path
+) -> None:
+    model = nn.ModuleDict({"fc": build()})
+    convert(model, "int4")
+    if loaded:
+        model = load(nn.ModuleDict({"fc": build()}), save(model, tmp_path))
+    shape, before = list(model["fc"].weight.shape), [buffer.clone() for buffer in model.buffers()]
+    with pytest.raises(QCError) as caught:
+        model["fc"].weight = wrong
+    error = caught.value
+    assert (error.code, error.where) == ("weight.assign", "fc.weight")
+    assert f"{wrong.dtype} {list(wrong.shape)}" in error.what
+    assert f"torch.float32 {shape}" in error.why
+    assert str(shape) in error.next
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), before, strict=True))
+    for dtype in (torch.float16, torch.float64):
+        model["fc"].weight = torch.ones(shape, dtype=dtype)
+        assert torch.equal(model["fc"].weight, torch.ones(shape))
 
 
 class Pieces(nn.Module):
@@ -233,9 +279,9 @@ def test_load_errors(tmp_path: Path) -> None:
             load(model, path)
         assert caught.value.code == code
     (tmp_path / "qcompile.json").write_text(json.dumps({"version": 99}))
-    with pytest.raises(QCError) as caught:
+    with pytest.raises(QCError, match=r"\n  next: .* save the model again") as caught:
         load(TinyLM(layers=1), tmp_path)
-    assert caught.value.code == "load.version"
+    assert (caught.value.code, caught.value.where) == ("load.version", str(tmp_path / "qcompile.json"))
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nowhere")):
         with pytest.raises(QCError) as caught:

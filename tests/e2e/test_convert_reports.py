@@ -76,6 +76,39 @@ def test_weights_that_are_no_plain_parameters_are_listed() -> None:
     assert sorted(again.kept) == sorted(packed + report.kept)
 
 
+class Mixed(nn.Module):
+    """Matrices in modules that convert does not pack, and vectors, which nobody misses in a report."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.conv, self.norm = nn.Linear(16, 16), nn.Conv2d(3, 4, 3), nn.LayerNorm(16)
+        self.fc.adapter = nn.Parameter(torch.randn(16, 2))
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 3))
+        self.lstm, self.cell = nn.LSTM(4, 4), nn.GRUCell(4, 4)
+        self.table, self.token = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(1, 1, 4))
+        self.again, self.lazy = self.table, nn.LazyConv2d(4, 3)
+        self.codes = nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_matrices_of_other_modules_are_listed(strict: bool) -> None:
+    conv, rnn = "convolutions are not quantized yet", "recurrent layers are not quantized yet"
+    want = {
+        "table": "a Mixed is neither a linear nor an embedding of torch",
+        "fc.adapter": "of a linear or an embedding only `weight` is packed",
+        "conv.weight": conv,
+        "normed.weight": conv,
+        **dict.fromkeys(("lstm.weight_ih_l0", "lstm.weight_hh_l0", "cell.weight_ih", "cell.weight_hh"), rnn),
+    }
+    model = Mixed()
+    report = convert(model, SCHEME, strict=strict)
+    assert [item.path for item in report.weights] == ["fc.weight"]
+    assert dict(report.kept) == want
+    assert len(report.kept) == len(want)
+    assert dict(convert(model, SCHEME).kept) == {**want, "fc.weight": f"packed already as {SCHEME}"}
+    assert "no weight converted, 2 kept as they were" in str(convert(nn.LSTM(4, 4), SCHEME))
+
+
 @pytest.mark.parametrize("part", ["dict", "linear"])
 def test_a_users_module_may_be_called_parametrizations(part: str) -> None:
     inner = nn.Linear(32, 32)

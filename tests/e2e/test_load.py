@@ -66,6 +66,8 @@ BROKEN: dict[str, tuple[Callable[[Tensors], Any], Callable[[Entry], Any], str, s
     "scales in another dtype": (lambda t: t.update({SCALES: t[SCALES].half()}), same, "packing.shape", "float16"),
     "scales missing": (lambda t: t.pop(SCALES), same, "load.missing", "original1"),
     "one tensor more": (lambda t: t.update({"0.extra": t[CODES].clone()}), same, "load.surplus", "0.extra"),
+    "another float dtype": (lambda t: t.update({"1.bias": t["1.bias"].bfloat16()}), same, "load.dtype", "1.bias"),
+    "a packed weight of another dtype": (same, put(dtype="bfloat16"), "load.dtype", "0.weight"),
     "integers for floats": (lambda t: t.update({"1.bias": t["1.bias"].int()}), same, "load.dtype", "1.bias"),
 }
 
@@ -81,6 +83,35 @@ def test_a_damaged_file_is_refused(name: str, saved: Path, tmp_path: Path) -> No
     after = target.state_dict()
     assert before.keys() == after.keys(), "half loaded"
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "qcompile.json"])
+@pytest.mark.parametrize("content", [b"", b"half", b"\xff"])
+def test_half_a_file_is_called_damaged(name: str, content: bytes, saved: Path, tmp_path: Path) -> None:
+    damaged(saved, tmp_path, same, same)
+    half = (tmp_path / name).read_bytes()[:-100] if content == b"half" else content
+    (tmp_path / name).write_bytes(half)
+    with pytest.raises(QCError, match="damaged: save or copy") as caught:
+        load(model(), tmp_path)
+    assert (caught.value.code, caught.value.where) == ("load.path", str(tmp_path / name))
+
+
+def test_a_model_in_another_dtype_is_refused(saved: Path) -> None:
+    """On the meta device as well, where changing it costs nothing; the packed weights alone would fit."""
+    with torch.device("meta"):
+        empty = model()
+    for target in (model(), empty):
+        target.bfloat16()
+        before = dict(target.state_dict())
+        with pytest.raises(
+            QCError, match=r"build the model in torch\.float32 .*\.to\(torch\.bfloat16\) after load"
+        ) as caught:
+            load(target, saved)
+        assert (caught.value.code, caught.value.where) == ("load.dtype", "0.weight")
+        after = target.state_dict()
+        assert {name: tensor.dtype for name, tensor in after.items()} == dict.fromkeys(before, torch.bfloat16)
+        x = torch.randn(2, 64)
+        assert load(target.float(), saved).to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("key", ["weights", "aliases"])
@@ -127,6 +158,25 @@ def test_a_state_dict_of_another_meaning_is_refused(shape: tuple[int, int], sche
         target.load_state_dict(source.state_dict())
     assert caught.value.code == "load.scheme"
     assert all(torch.equal(a, b) for a, b in zip(target.buffers(), before, strict=True))
+
+
+@pytest.mark.parametrize("path", ["", "0."])
+def test_a_float_state_dict_is_told_when_to_load(path: str) -> None:
+    target, source = nn.Linear(64, 48), nn.Linear(64, 48)
+    whole = target if not path else nn.Sequential(target)
+    convert(whole, "int8")
+    state = {f"{path}{name}": tensor for name, tensor in source.state_dict().items()}
+    before, told = target.weight, r"not loaded: call load_state_dict before qcompile\.convert"
+    with (
+        pytest.raises(RuntimeError, match=rf'Unexpected .*"{path}weight"'),
+        pytest.warns(QCWarning, match=told) as caught,
+    ):
+        whole.load_state_dict(state)
+    assert [warning.filename for warning in caught] == [__file__]
+    with pytest.warns(QCWarning, match=told):  # torch says nothing here
+        whole.load_state_dict(state, strict=False)
+    assert torch.equal(target.bias, source.bias)
+    assert torch.equal(target.weight, before)
 
 
 def test_a_state_dict_is_plain_tensors(tmp_path: Path) -> None:

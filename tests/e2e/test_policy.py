@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import qcompile
+from qcompile import QCWarning
 from qcompile.codegen.devices.cpu import CpuLowering
 from qcompile.codegen.spec import KernelSpec
 from qcompile.codegen.tuning.cpu import BLOCKING, FLOAT_WINS
@@ -70,3 +71,26 @@ def test_the_table_names_kernels() -> None:
     least = FLOAT_WINS["avx2", "float"]
     assert CpuLowering("avx2").loses(spec, least)
     assert not CpuLowering("avx2").loses(spec, least - 1)
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "words"),
+    [
+        (nn.Conv2d(3, 8, 3), torch.randn(2, 3, 8, 8), "convolutions are not quantized yet"),
+        (nn.Linear(64, 64).double(), torch.randn(2, 64).double(), "dtype torch.float64"),
+    ],
+    ids=["convolution", "double"],
+)
+def test_a_graph_whose_weights_all_stay_float_is_announced(model: nn.Module, x: Tensor, words: str) -> None:
+    with pytest.warns(QCWarning, match=f"recipe 'int8' quantizes no matmul of this graph: .*{words}"), torch.no_grad():
+        torch.compile(model.eval(), backend="qcompile", options={"recipe": "int8"})(x)
+
+
+def test_a_graph_without_weights_says_nothing(recwarn: pytest.WarningsRecorder) -> None:
+    def product(x: Tensor) -> Tensor:
+        return x @ x.t()
+
+    with torch.no_grad():
+        torch.compile(product, backend="qcompile", options={"recipe": "int8"})(torch.randn(8, 8))
+        torch.compile(nn.Linear(8, 8).eval(), backend="qcompile", options={"recipe": "none"})(torch.randn(8, 8))
+    assert not [item for item in recwarn if item.category is QCWarning]

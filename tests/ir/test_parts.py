@@ -36,10 +36,12 @@ def test_every_part_is_checked(text: str) -> None:
         for wrong in (parts[index][:1], parts[index].to(other), parts[index].unsqueeze(0)):
             changed = [*parts[:index], wrong, *parts[index + 1 :]]
             for refuse in (check_parts, dequantize):
-                with pytest.raises(QCError, match=rf"^{name} are .* \[packing\.shape\]"):
+                with pytest.raises(
+                    QCError, match=rf"^{name} are .* \[packing\.shape\]\n  where: .* \[32, 64\].*\n.*\n  next: "
+                ):
                     refuse(changed, scheme, 32, 64)
     for count in (parts[:-1], [*parts, parts[0]]):
-        with pytest.raises(QCError, match=r"codec\.parts"):
+        with pytest.raises(QCError, match=r"codec\.parts\]\n.*\n  next: "):
             check_parts(count, scheme, 32, 64)
     with pytest.raises(QCError, match=r"packing\.shape"):
         check_parts(parts, scheme, 32 + 16, 64)

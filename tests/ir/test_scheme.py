@@ -108,6 +108,23 @@ def test_impossible_combinations_are_refused_at_construction(spelling: str, code
     assert caught.value.code == code
     assert repr(spelling) in caught.value.where
     assert caught.value.why
+    assert caught.value.next
+
+
+@pytest.mark.parametrize("value", [4, None, ["int8/g64"]], ids=str)
+@pytest.mark.parametrize("read", [Scheme.parse, Scheme.of])
+def test_what_is_no_text_is_no_scheme(read: Callable[[object], Scheme], value: object) -> None:
+    with pytest.raises(QCError, match="a scheme cannot be") as caught:
+        read(value)
+    assert (caught.value.code, "int8/g64" in caught.value.next) == ("scheme.text", True)
+
+
+@pytest.mark.parametrize(("spelling", "ndim"), [("int8/b2x2", 1), ("int8/axis2", 2), ("int4/g64:int8/axis1", 2)])
+def test_what_does_not_fit_a_tensors_dimensions_says_what_would(spelling: str, ndim: int) -> None:
+    granularity = Scheme.parse(spelling).granularity
+    with pytest.raises(QCError) as caught:
+        granularity.cell(ndim)
+    assert caught.value.next
 
 
 def test_construction_refuses_what_has_no_spelling() -> None:

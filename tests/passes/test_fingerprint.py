@@ -485,3 +485,32 @@ def test_a_pass_that_cannot_be_described_compiles(monkeypatch: pytest.MonkeyPatc
     ctx = graphs.context(gm, inputs, passes=Options.parse({"passes": edits}).passes)
     passes = ctx.options.passes.apply(DEFAULT_PASSES)
     assert fingerprint(passes, ctx) != fingerprint(passes, ctx)
+
+
+def test_sets_of_functions_that_name_each_other_end() -> None:
+    """Nine functions, each naming a set for each of the others: as many tables as orders of nine, if all were made."""
+    count = 9
+    space: dict[str, Any] = {}
+    for i in range(count):
+        names = ", ".join(f"s{j}" for j in range(count) if j != i)
+        exec(f"def f{i}(): return {names}", space)
+    space |= {f"s{i}": {space[f"f{i}"]} for i in range(count)}
+    assert describe(space["f0"]).startswith("never found")
+
+
+def test_an_installed_package_of_the_same_version_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "site-packages" / "mypasses"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("__version__ = '0.1'\n")
+    (package / "code.py").write_text("from mypasses.helper import factor\ndef f(): return factor()\n")
+    script = "import mypasses.code as c; from qcompile.passes.fingerprint import describe; print(describe(c.f))"
+    found = []
+    for text in ("def factor(): return 1\n", "def factor(): return 2\n"):
+        (package / "helper.py").write_text(text)
+        os.utime(package / "helper.py", ns=(len(found) * 10**9, len(found) * 10**9))
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(package.parent), *sys.path])}
+        found.append(subprocess.check_output([sys.executable, "-c", script], text=True, env=environment))
+    assert "never found" not in found[0]
+    assert found[0] != found[1]

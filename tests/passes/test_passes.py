@@ -281,6 +281,38 @@ def test_failing_pass(item: Pass) -> None:
     assert caught.value.next == "take it out of options['passes']['insert'], or mend it"
 
 
+class Nameless(Pass):
+    """Adds a node the way that plain FX does."""
+
+    name = "nameless"
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> None:
+        node = next(node for node in gm.graph.nodes if node.op == "call_function")
+        with gm.graph.inserting_after(node):
+            new = gm.graph.call_function(torch.sigmoid, (node,))
+        node.replace_all_uses_with(new)
+        new.args = (node,)
+
+
+def test_a_pass_whose_node_has_no_value_is_named() -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 16))
+    with pytest.raises(QCError, match="'nameless' added the node 'sigmoid'") as caught:
+        call({"insert": [("before", "detect", Nameless())]}, torch.randn(3, 32), model)
+    assert caught.value.code == "pass.value"
+    assert "match.insert" in caught.value.next
+
+
+def test_nobody_is_told_to_drop_what_others_require(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(Resolve, "run", fail)
+    with pytest.raises(QCError, match="'resolve' failed") as caught:
+        call({}, torch.randn(3, 32), Functional(lambda y: y, (16,)))
+    assert "drop" not in caught.value.next
+    assert "report" in caught.value.next
+
+
 @pytest.mark.parametrize("how", ["default", "replace"])
 def test_the_way_around_a_failing_pass_is_one_that_works(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, failing = Functional(lambda y: y, (16,)), torch.randn(3, 32), Failing()

@@ -144,6 +144,7 @@ def test_spellings() -> None:
     [
         ("int44", "recipe.unknown", "did you mean 'int4'?"),
         (3.5, "recipe.unknown", "float"),
+        ({"version": 1, "rules": []}, "recipe.unknown", "Recipe.from_json({...})"),
         (f"{INT4} {ACT} {ACT}", "recipe.unknown", "more than two"),
         ("int8/axis0:fp33", "scheme", "fp33"),
     ],
@@ -188,6 +189,7 @@ WRONG: dict[str, tuple[dict[str, object], str]] = {
     "weight false": ({"weight": False}, "False"),
     "weight empty": ({"weight": ""}, "''"),
     "weight list": ({"weight": [str(INT8)]}, f"['{INT8}']"),
+    "act without weight": ({"weight": None, "act": "int8/token"}, "int8/token"),
     "act 0": (RULE | {"act": 0}, "0"),
     "path 5": (RULE | {"path": 5}, "5"),
     "path null": (RULE | {"path": None}, "None"),
@@ -220,8 +222,14 @@ def test_a_value_of_another_type_is_named(name: str, tmp_path: Path) -> None:
         assert error.next
 
 
-def test_a_rule_without_a_weight_keeps_sites_float() -> None:
-    assert Rule.from_json({"path": "a.*"}) == Rule.from_json({"weight": None, "path": "a.*"}) == Rule(None, path="a.*")
+def test_a_rule_that_keeps_sites_float_says_so(tmp_path: Path) -> None:
+    """A rule whose weight was forgotten would silently do the opposite of what it was written for."""
+    assert Rule.from_json({"weight": None, "path": "a.*"}) == Rule(None, path="a.*")
+    (tmp_path / "mine.json").write_text(json.dumps({"version": 1, "rules": [RULE, {"path": "a.*"}]}))
+    with pytest.raises(QCError, match="a rule has no key 'weight'") as caught:
+        Recipe.of(tmp_path / "mine.json")
+    assert (caught.value.code, caught.value.where) == ("recipe.rule", f"{tmp_path / 'mine.json'}: rule 1")
+    assert "null" in caught.value.next
 
 
 def test_numbers_of_other_types_are_the_same_rule() -> None:
