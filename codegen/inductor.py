@@ -40,7 +40,7 @@ def verdict(spec: MatmulSpec, device: torch.device, x: torch.dtype, extras: Sequ
         return Verdict(False, f"activations of dtype {x}")
     kernel = KernelSpec.of(spec, x, OUT_DTYPES[spec.out] if spec.out else x, tuple(extras))
     if compat.writes_triton(device):
-        return TritonLowering().supports(kernel)
+        return TritonLowering(architecture=compat.gpu(device).architecture).supports(kernel)
     if device.type != "cpu":
         return Verdict(False, f"no kernels for {device.type} yet")
     return CpuLowering().supports(kernel)

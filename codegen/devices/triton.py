@@ -9,19 +9,19 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from qcompile import compat
-from qcompile.codegen.devices.triton_lines import Layout
-from qcompile.codegen.devices.triton_numbers import Bytes, has_bytes
+from qcompile.codegen.devices.triton_lines import Layout, integer_sums
+from qcompile.codegen.devices.triton_numbers import Bytes, byte_operand, why_no_bytes
 from qcompile.codegen.devices.triton_text import Text, kernel_text
 from qcompile.codegen.registry import Verdict
 from qcompile.codegen.spec import LONG_K, KernelSpec
-from qcompile.codegen.tuning.triton import shape_for
-from qcompile.ir.granularity import Nested, PerAxis, PerGroup, PerTensor
+from qcompile.codegen.tuning.triton import Shape, shape_for
+from qcompile.ir.granularity import Nested, PerAxis, PerBlock, PerGroup, PerTensor, PerToken
 from qcompile.ir.matmul import OUT_DTYPES, MatmulSpec, quantize_rows
 from qcompile.ir.packing import ceil_div
 from qcompile.ir.scheme import Packing, Scheme
@@ -59,12 +59,12 @@ def _weight_reason(weight: Scheme, act: Scheme | None) -> str:
     match granularity:
         case PerTensor() | PerAxis(0):
             pass
-        case PerGroup(size) if size % MMA == 0:
+        case PerGroup(size) | PerBlock(_, size) if size % MMA == 0:
             pass
-        case PerGroup(size):
+        case PerGroup(size) | PerBlock(_, size):
             return f"groups of {size} weights: the group must be a multiple of {MMA}"
         case other:
-            return f"granularity {other} of the weight; tensor, axis0 and groups of {MMA}, {2 * MMA}, ... work"
+            return f"granularity {other} of the weight; tensor, axis0, groups and blocks of {MMA}, {2 * MMA}, ... columns work"
     if not isinstance(outer, PerTensor | PerGroup) and outer != PerAxis(0):
         return f"outer granularity {outer} of the weight; tensor, axis0 and groups work"
     if weight.packing != packing(act):
@@ -74,36 +74,56 @@ def _weight_reason(weight: Scheme, act: Scheme | None) -> str:
 
 def _act_reason(spec: KernelSpec) -> str:
     """Why an activation scheme is not supported, "" when it is, or there is none."""
-    act, layout = spec.act, Layout.of(spec.weight)
+    act, layout = spec.act, Layout.of(spec.weight, spec.act)
     if act is None:
         return ""
-    if str(act) != "int8/token:fp32":
-        return f"activation {act}: int8/token works, or none"
-    if not has_bytes(spec.weight.format):
-        return f"activation {act}: {spec.weight.format} is no integer format"
-    if layout.mode == "operand":
+    if not (act.format.kind == "int" or act.format.name == "e4m3") or not isinstance(
+        act.granularity, PerToken | PerGroup
+    ):
+        return f"activation {act}: signed integers or e4m3, per token or in groups, work, or none"
+    if why := why_no_bytes(spec.weight.format, byte_operand(act)):
+        return f"activation {act}: {why}"
+    if layout.mode == "operand" or layout.act_group % layout.unit:
         return (
             f"activation {act}: a sum of bytes has one scale for {layout.unit} columns or a multiple of that, and no minimum; "
             f"the weight is {spec.weight}"
         )
-    if layout.mode == "row" and spec.long_k:
+    if not layout.cell and spec.long_k and byte_operand(act) == "i8":
         return f"activation {act}: more than {LONG_K} inputs overflow a sum of bytes; give the weight groups"
     return ""
 
 
+def _has_e4m3(architecture: str) -> bool:
+    """gfx942 has another e4m3, with other NaNs and another bias."""
+    if architecture.startswith("sm_"):
+        return int(architecture[3:]) >= 89
+    return architecture in ("", "gfx950", "gfx1200", "gfx1201")
+
+
 @dataclass(frozen=True)
 class TritonLowering:
-    """Lowering of `qmm` to Triton."""
+    """Lowering of `qmm` to Triton for an architecture, "" where kernels are interpreted."""
 
     op: str = "qmm"
     device: str = "cuda"
+    architecture: str = ""
 
     def supports(self, spec: KernelSpec) -> Verdict:
         """See `Lowering`. Reads no sizes, so a yes holds for every N and K."""
         reason = _weight_reason(spec.weight, spec.act) or _act_reason(spec)
+        if (
+            not reason
+            and spec.act is not None
+            and byte_operand(spec.act) == "e4m3"
+            and not _has_e4m3(self.architecture)
+        ):
+            reason = f"activation {spec.act}: {self.architecture} has no instruction that multiplies e4m3"
         if not reason and not compat.triton_version():
             reason = "Triton is not installed"
         return Verdict(not reason, reason)
+
+
+_BYTE_DTYPES = {"i8": torch.int8, "e4m3": torch.float8_e4m3fn}
 
 
 @functools.lru_cache(maxsize=512)
@@ -115,10 +135,9 @@ def text_of(spec: KernelSpec) -> Text:
 def fit(tile: Tile, layout: Layout, k: int) -> Tile:
     """A tile whose units divide those of K, and of a group."""
     units = math.gcd(tile.units, ceil_div(k, layout.unit))
-    if layout.units:
-        units = math.gcd(units, layout.units)
+    units = math.gcd(units, layout.units)
     splits = min(tile.splits, ceil_div(k, layout.unit * units))
-    return Tile(tile.rows, tile.columns, units, splits, tile.stages, tile.warps)
+    return replace(tile, units=units, splits=splits)
 
 
 class Matmul:
@@ -165,17 +184,37 @@ class Matmul:
         )  # fmt: skip
 
 
+def family(spec: KernelSpec) -> str:
+    """The lines of the shipped table that a kernel takes."""
+    return "weight-only" if spec.act is None else "bytes"
+
+
 @functools.lru_cache(maxsize=4096)
 def choose_tile(spec: KernelSpec, n: tuple[int, ...], k: int, m: int, device: torch.device) -> Tile:
     """How to cut a product, from its sizes and the shipped table."""
-    architecture, processors = compat.gpu(device)
-    shape, layout = shape_for(architecture, "weight-only", m), text_of(spec).layout
-    units = max(1, shape.depth // layout.unit)
-    tiles = sum(ceil_div(size, shape.columns) for size in (n[:1] if spec.paired else n)) * ceil_div(m, shape.rows)
+    gpu = compat.gpu(device)
+    shape = shape_for(gpu.architecture, family(spec), m)
+    tile = cut(spec, shape, gpu.shared)
+    tiles = sum(ceil_div(size, tile.columns) for size in (n[:1] if spec.paired else n)) * ceil_div(m, tile.rows)
     # Enough blocks for every multiprocessor, each with at least four iterations.
-    wanted, most = shape.waves * processors // tiles, ceil_div(k, layout.unit * units) // 4
-    splits = 1 << max(0, min(wanted, most, 16).bit_length() - 1)
-    return Tile(shape.rows, shape.columns, units, splits, shape.stages, shape.warps)
+    wanted, most = shape.waves * gpu.processors // tiles, ceil_div(k, text_of(spec).layout.unit * tile.units) // 4
+    return replace(tile, splits=1 << max(0, min(wanted, most, 16).bit_length() - 1))
+
+
+def cut(spec: KernelSpec, shape: Shape, shared: int) -> Tile:
+    """The tile of a line of the table, with fewer stages or rows where `shared` bytes or the registers do not hold them."""
+    layout, element = text_of(spec).layout, 1 if spec.act is not None else OUT_DTYPES[spec.x].itemsize
+    units, rows = max(1, shape.depth // layout.unit), shape.rows
+    codes = shape.columns * spec.weight.format.bits // 8 * (spec.segments if spec.paired else 1)
+
+    def stage() -> int:
+        return units * layout.unit * (rows * element + codes)
+
+    if spec.act is not None and byte_operand(spec.act) == "e4m3" and layout.unit > 128:
+        rows = min(rows, 64)  # two accumulators, and the operands of more than two steps
+    while rows > MMA and 2 * stage() > shared:
+        rows //= 2
+    return Tile(rows, shape.columns, units, 1, max(1, min(shape.stages, shared // stage())), shape.warps)
 
 
 @functools.lru_cache(maxsize=512)
@@ -222,22 +261,25 @@ def quantize_input(x: torch.Tensor, spec: KernelSpec) -> tuple[torch.Tensor, ...
 
     Args:
         x: `[..., k]`; a row that holds NaN or infinity gets a scale of NaN.
-        spec: with `act` int8 per token.
+        spec: with `act`.
 
     Returns:
-        Codes, int8 `[M, K]` with K the next whole unit of the packing; scales, fp32 `[M]`; and, where the kernel reads them,
-        sums of codes, int32 `[M, groups of the weight]`.
+        Codes, int8 or float8_e4m3fn `[M, K]` with K the next whole unit of the packing; scales, fp32 `[M, groups]`; and, where
+        the kernel reads them, sums of codes, int32 or fp32 `[M, cells of the layout]`.
     """
     assert spec.act is not None
-    layout, k, m = Layout.of(spec.weight), x.shape[-1], math.prod(x.shape[:-1])
+    layout, k, m = Layout.of(spec.weight, spec.act), x.shape[-1], math.prod(x.shape[:-1])
+    operand = byte_operand(spec.act)
+    codes, sums = _BYTE_DTYPES[operand], torch.int32 if integer_sums(operand, layout) else torch.float32
     q, scale = quantize_rows(x.reshape(m, k).float(), spec.act)
+    scale = scale[:, :: layout.act_group or 1]
     columns = ceil_div(k, layout.unit) * layout.unit
-    group = layout.group or columns
-    codes = torch.nn.functional.pad(q, (0, columns - k)).to(torch.int8)
-    if not Bytes.of(spec.weight.format).corrected(spec.weight):
-        return codes, scale.reshape(m)
-    q = torch.nn.functional.pad(q, (0, -k % group))
-    return codes, scale.reshape(m), q.reshape(m, q.shape[1] // group, group).sum(-1).to(torch.int32)
+    found = (torch.nn.functional.pad(q, (0, columns - k)).to(codes), scale.contiguous())
+    if not Bytes.of(spec.weight.format, operand).corrected(spec.weight):
+        return found
+    cell = layout.cell or columns
+    q = torch.nn.functional.pad(q, (0, -k % cell))
+    return *found, q.reshape(m, q.shape[1] // cell, cell).sum(-1).to(sums)
 
 
 __all__ = [
@@ -245,6 +287,8 @@ __all__ = [
     "Tile",
     "TritonLowering",
     "choose_tile",
+    "cut",
+    "family",
     "fit",
     "packing",
     "prepare",

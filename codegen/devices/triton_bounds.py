@@ -9,8 +9,11 @@ and Pranesh, Numerical behavior of NVIDIA tensor cores, 2021, section 4); the in
   scale is rounded, then its product with the number, then (with a minimum, itself rounded) the sum; for activations of fp32
   all that is rounded to fp32.
 * Products of two 16-bit floats are exact in fp32 (at most 22 bits), those of fp32 are rounded.
-* Bytes: sums of a group are exact integers. Three roundings per group (to a float, times its scale, into the sum) and those
-  at the end: the scale of the row of x, splits.
+* Bytes: sums of integers are exact. Four roundings per cell (to a float, times two scales, into the sum) and those at the
+  end: the scales of rows, splits. Sums of e4m3 are sums of floats: products are exact, one rounding per k, and as many of
+  the sum of x, which integer codes less an offset or a zero point need; what is cut off is relative to codes and zeros
+  before they are subtracted. (The instructions of sm_90 add e4m3 with 13 bits after the leading one of the largest term,
+  not 23: `unit` for real launches there; DeepSeek-V3 Technical Report, 2024, section 3.3.2.)
 * Sums of floats: one rounding per k, one per step and unit, one with each group's scale, split and the row's scale.
 
 Below the normal numbers a rounded operand is off by up to half the smallest subnormal number of its type.
@@ -24,7 +27,7 @@ from dataclasses import dataclass
 import torch
 
 from qcompile.codegen.devices.triton_lines import Layout
-from qcompile.codegen.devices.triton_numbers import Numbers
+from qcompile.codegen.devices.triton_numbers import Numbers, byte_operand
 from qcompile.codegen.spec import KernelSpec
 from qcompile.ir.codec import part_names
 from qcompile.ir.granularity import Nested, PerGroup
@@ -37,9 +40,9 @@ ROUNDOFF = {"f16": 2.0**-11, "bf16": 2.0**-8, "f32": 2.0**-24}
 SMALLEST = {"f16": 2.0**-24, "bf16": 2.0**-133, "f32": 2.0**-149}
 
 
-def gamma(n: float) -> float:
+def gamma(n: float, unit: float = UNIT) -> float:
     """Relative error of `n` roundings of tensor cores."""
-    return n * UNIT / (1 - n * UNIT)
+    return n * unit / (1 - n * unit)
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,8 @@ def terms(spec: KernelSpec, parts: Sequence[torch.Tensor], n: int, k: int, round
     number = level - spread(named["zeros"], weight.group_size(k)).double() if "zeros" in named else level
     of_table = ROUNDOFF[spec.x] * number.abs() + tiny if numbers.kind == "table" else torch.zeros_like(number)
     value, size = number * s, (number.abs() + of_table) * s
+    if spec.act is not None and byte_operand(spec.act) == "e4m3" and numbers.kind == "int":
+        size = ((level - numbers.offset).abs() + (number - level + numbers.offset).abs()) * s
     error = of_table * s
     if rounded:
         error = error + (number.abs() + of_table) * (s * unit + tiny * 2.0**-numbers.unit)
@@ -110,21 +115,23 @@ def expected(
     n: int,
     k: int,
     rounded: bool | None = None,
+    unit: float = UNIT,
 ) -> Expected:
-    """One segment's sums for finite `x[m, k]`; `rounded` as in `terms`."""
+    """One segment's sums for finite `x[m, k]`; `rounded` as in `terms`, `unit` of a rounding of the sum."""
     weight = terms(spec, parts, n, k, rounded)
     wide = x.double()
-    layout = Layout.of(spec.weight)
+    layout = Layout.of(spec.weight, spec.act)
     steps = -(-k // layout.unit) * 8 // min(spec.weight.format.planes)
     groups = -(-k // layout.group) if layout.group else 1
     roundings = k + steps + groups + 8 + (k if spec.x == "f32" else 0)
     if spec.act is not None:
         codes, scale = quantize_rows(x.float(), spec.act)
-        wide, roundings = codes.double() * scale.double(), 3 * groups + 8
+        sums = 0 if byte_operand(spec.act) == "i8" else k + (layout.cell or k)
+        wide, roundings = codes.double() * scale.double(), sums + 4 * (k // (layout.cell or k) + 1) + 8
     # Sums below the normal numbers: one error of the smallest number for each rounding, with the row's scale where it waits.
     waiting = weight.size.amax(1) / weight.value.abs().clamp_min(2.0**-149).amax(1).clamp_min(1) + 1
     tiny = 2.0**-126 * roundings * (1 + waiting)
     return Expected(
         wide @ weight.value.T,
-        wide.abs() @ weight.error.T + gamma(roundings) * (wide.abs() @ weight.size.T) + tiny,
+        wide.abs() @ weight.error.T + gamma(roundings, unit) * (wide.abs() @ weight.size.T) + tiny,
     )

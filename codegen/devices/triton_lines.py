@@ -6,14 +6,15 @@ that were quantized before, codes of integer formats as they are, sums in int32.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from qcompile.codegen.devices.triton_epilogue import block_expression
-from qcompile.codegen.devices.triton_numbers import Bytes, Numbers
+from qcompile.codegen.devices.triton_numbers import ByteOperand, Bytes, Numbers
 from qcompile.codegen.spec import KernelSpec
 from qcompile.ir.formats import FORMATS, ScaleFormat
-from qcompile.ir.granularity import Nested, PerGroup
+from qcompile.ir.granularity import Nested, PerBlock, PerGroup
 from qcompile.ir.packing import unit_columns
 from qcompile.ir.scheme import Scheme
 
@@ -27,8 +28,9 @@ class Layout:
     Attributes:
         mode: "row": one scale per row, after the sum. "sum": the sum of each group is scaled; for groups that are whole
             units, and without minimum. "operand": every weight is scaled before it is multiplied.
-        group: columns that share a scale, 0 when all do.
-        unit: columns of a unit of the packing; span: of a word; units: how many share a scale in mode "sum", else 0.
+        group: columns that share a scale, 0 when all do. act_group: the same of the activation.
+        unit: columns of a unit of the packing; span: of a word.
+        cell: columns of one sum that scales then meet inside the loop over K; 0 when they meet none there.
         ratio: scales that share an outer one in groups, 0 when all of a row do or there is none.
     """
 
@@ -36,14 +38,15 @@ class Layout:
     group: int
     unit: int
     span: int
-    units: int
+    cell: int
     ratio: int = 0
+    act_group: int = 0
 
     @staticmethod
-    def of(weight: Scheme) -> Layout:
+    def of(weight: Scheme, act: Scheme | None = None) -> Layout:
         unit = unit_columns(weight.format.bits)
         inner = weight.granularity.inner if isinstance(weight.granularity, Nested) else weight.granularity
-        group = inner.size if isinstance(inner, PerGroup) else 0
+        group = {PerGroup: lambda: inner.size, PerBlock: lambda: inner.w}.get(type(inner), lambda: 0)()
         mode: Mode = "row"
         if weight.scale.zero == "m" or group % unit:
             mode = "operand"
@@ -51,7 +54,14 @@ class Layout:
             mode = "sum"
         outer = weight.granularity.outer if isinstance(weight.granularity, Nested) else None
         ratio = outer.size // group if isinstance(outer, PerGroup) else 0
-        return Layout(mode, group, unit, unit // 4, group // unit if mode == "sum" else 0, ratio)
+        act_group = act.granularity.size if act is not None and isinstance(act.granularity, PerGroup) else 0
+        cell = math.gcd(group if mode == "sum" else 0, act_group)
+        return Layout(mode, group, unit, unit // 4, cell, ratio, act_group)
+
+    @property
+    def units(self) -> int:
+        """Units of the packing in a cell, 0 without cells."""
+        return self.cell // self.unit
 
 
 def storage(fmt: ScaleFormat) -> str:
@@ -240,70 +250,98 @@ class Exact(Lines):
 
 
 class Codes(Lines):
-    """Bytes: quantized activations, codes of integer formats, sums in int32.
+    """Bytes: activations that were quantized before, codes as they are or moved to their place in a byte.
 
-    The sum of `factor * code + offset - zero` over k is the sum of codes, and a correction with the sum of x over the same k,
+    The sum of `factor * byte + offset - zero` over k is the sum of bytes, and a correction with the sum of x over the same k,
     which comes with x.
     """
 
     def __init__(self, spec: KernelSpec, layout: Layout, numbers: Bytes) -> None:
         super().__init__(spec, layout)
         self.numbers = numbers
-        self.sums = "tl.int32" if layout.mode == "row" else "tl.float32"
+        self.whole, self.integers = numbers.operand == "i8", integer_sums(numbers.operand, layout)
+        self.dot = "tl.int32" if self.whole else "tl.float32"
+        self.sums = "tl.int32" if self.integers and not layout.cell else "tl.float32"
         self.corrected = numbers.corrected(spec.weight)
 
     def before(self) -> list[str]:
         """What the end needs: scales of x, and sums of its codes."""
-        lines = ["sx = tl.load(XS + m_at)"]
-        if self.corrected and self.layout.mode == "row":
-            lines.append("xs = tl.load(XG + m_at)")
+        layout = self.layout
+        lines = [f"x_groups = tl.cdiv(K, {layout.act_group})" if layout.act_group else "sx = tl.load(XS + m_at)"]
+        if self.corrected:
+            lines.append(f"cells = tl.cdiv(K, {layout.cell})" if layout.cell else "xs = tl.load(XG + m_at)")
         return lines
 
     def loop(self) -> list[str]:
         """One iteration: KC units. Memory of x goes on to the end of the last unit, so there is no mask."""
-        steps, unit = range(self.numbers.steps), self.layout.unit
+        layout, unit, steps = self.layout, self.layout.unit, range(self.numbers.steps)
         lines = [f"x{step} = tl.load(X + x_at + (u * {unit} + {16 * step} + k_at))" for step in steps]
+        if layout.cell and self.corrected:
+            xs = f"tl.load(XG + m_at * cells + u * {unit} // {layout.cell})"
+            if layout.units > 1:  # once for a cell, which iterations share
+                xs = f"tl.where(u * {unit} % {layout.cell} == 0, {xs}, 0)"
+            lines.append(f"xs = {xs}")
+        if layout.act_group:
+            lines.append(f"sx = tl.load(XS + m_at * x_groups + u * {unit} // {layout.act_group})")
         for i, acc in self.pairs:
             lines += self._codes(i)
-            for step in range(self.numbers.steps):
-                lines.append(f"w = octets({self.numbers.word(step)})")
+            for step in steps:
+                operand = f"octets({self.numbers.word(step)})"
+                lines.append(f"w = {operand}" + ("" if self.whole else ".to(tl.float8e4nv, bitcast=True)"))
                 lines.append("w = tl.reshape(w, (KC, 2, PANELS, 8, 4, 4, 2, 2))")
                 lines.append("w = tl.reshape(tl.permute(w, (2, 1, 3, 0, 5, 4, 6, 7)), (BN, KC * 64))")
-                product = f"tl.dot(w, x{step}, out_dtype=tl.int32)"
-                lines.append(f"p = {product}" if step == 0 else f"p += {product}")
-            if self.layout.mode == "row":
-                lines.append(f"{acc} += p")
+                lines.append(self._product(step, acc))
+            if not layout.cell:
                 continue
-            lines.append(f"g = u * {self.layout.unit} // {self.layout.group}")
-            if self.corrected:
-                xs = "tl.load(XG + m_at * groups + g)"
-                if self.layout.units > 1:  # once for a group, which iterations share
-                    xs = f"tl.where(u * {unit} % {self.layout.group} == 0, {xs}, 0)"
-                lines.append(f"xs = {xs}")
-            lines.append(
-                f"{acc} += ({self._scale(i, 's', 'g')})[:, None] * ({self._corrected(i, 'p', 'g')}).to(tl.float32)"
-            )
+            group = f"u * {unit} // {layout.group}" if layout.group else ""
+            value = self._number(i, "p", group)
+            if group:
+                value += f" * ({self._scale(i, 's', group)})[:, None]"
+            lines.append(f"{acc} += {value}" + (" * sx[None, :]" if layout.act_group else ""))
         return lines
+
+    def _product(self, step: int, acc: str) -> str:
+        """One product. Sums of a cell, and exact ones, stay in the instruction's accumulator; long sums of e4m3, which some
+        devices add with few bits, leave it at every step."""
+        dot = f"tl.dot(w, x{step}, {{}}out_dtype={self.dot})"
+        if self.layout.cell:
+            return f"p = {dot.format('p, ' if step else '')}"
+        return f"{acc} = {dot.format(f'{acc}, ')}" if self.whole else f"{acc} += {dot.format('')}"
 
     def after(self) -> list[str]:
-        """Scales meet the sums: those of x always, of the weight where a row has one."""
+        """The scales that did not meet the sums inside the loop."""
         lines = []
         for i, acc in self.pairs:
-            value = acc
-            if self.layout.mode == "row":
-                value = f"({self._corrected(i, acc, '')}).to(tl.float32) * ({self._scale(i, 's', '')})[:, None]"
-            lines.append(f"{acc} = {value} * sx[None, :]")
+            value = acc if self.layout.cell else self._number(i, acc, "")
+            if not self.layout.group:
+                value += f" * ({self._scale(i, 's', '')})[:, None]"
+            if not self.layout.act_group:
+                value += " * sx[None, :]"
+            lines.append(f"{acc} = {value}")
         return lines
 
-    def _corrected(self, i: str, total: str, group: str) -> str:
-        """Text of the int32 sum of numbers, from that of codes."""
-        total = f"{total} * {self.numbers.factor}" if self.numbers.factor != 1 else total
-        if not self.corrected:
-            return total
-        zero = f"{self.numbers.offset}"
-        if self.weight.scale.zero == "z":
-            zero = f"({self.numbers.offset} - tl.load(Z{i} + {_at('s', '', group)}).to(tl.int32))[:, None]"
-        return f"{total} + {zero} * xs[None, :]"
+    def _number(self, i: str, total: str, group: str) -> str:
+        """Text of the sum of numbers as fp32, from that of bytes."""
+        kind, factor, offset = "float32", float(self.numbers.factor), float(self.numbers.offset)
+        if self.integers:
+            kind, factor, offset = "int32", int(factor), int(offset)
+        elif self.whole:
+            # An integer below 2^22 becomes a float by the mantissa of 1.5 * 2^23: an addition, where a conversion takes the
+            # time of four.
+            total = f"(({total} + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0)"
+        total = f"{total} * {factor!r}" if factor != 1 else total
+        if self.corrected:
+            zero = f"{offset!r}"
+            if self.weight.scale.zero == "z":
+                zero = f"({zero} - tl.load(Z{i} + {_at('s', '', group)}).to(tl.{kind}))[:, None]"
+            total = f"{total} + {zero} * xs[None, :]"
+        return f"({total})" + (".to(tl.float32)" if self.integers else "")
+
+
+def integer_sums(operand: ByteOperand, layout: Layout) -> bool:
+    """Whether sums stay int32 until a scale meets them: sums of bytes, but those of at most 256 columns, which are below
+    2^22 in any case (256 * 127 * 128) and exact in fp32."""
+    return operand == "i8" and not 0 < layout.cell <= 256
 
 
 def _at(rows: str, kind: str, group: str) -> str:

@@ -19,10 +19,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from qcompile.ir.formats import Format
+from qcompile.ir.formats import FORMATS, Format
 from qcompile.ir.scheme import Scheme
 
 IntegerDecode = Literal["subnormal", "magic"]
+ByteOperand = Literal["i8", "e4m3"]
+Run = tuple[int, int, int]  # lowest bit in the code, its place in the operand, count: bits that move together
 
 
 @dataclass(frozen=True)
@@ -145,8 +147,8 @@ class Numbers:
         least = self.factor.bit_length() - 1 if self.decode == "magic" else 0
         return max(place, least) if max(place, least) + self.fmt.bits <= room else least
 
-    def _target(self, step: int) -> Iterator[tuple[int, int, int]]:
-        """(lowest bit in the code, its place in the half, count) of the runs of bits that move together."""
+    def _target(self, step: int) -> Iterator[Run]:
+        """The runs of bits that make the half of a register."""
         fmt = self.fmt
         if self.kind == "float":
             magnitude = fmt.exponent + fmt.mantissa
@@ -160,42 +162,40 @@ class Numbers:
 
     def _moves(self, step: int, i1: int) -> Iterator[str]:
         """Terms of the OR that collects the bits of a code, each a shifted and masked word of a plane."""
-        for first, place, count in self._target(step):
-            low = 0
-            for plane, width in enumerate(self.fmt.planes):
-                start, stop = max(first, low), min(first + count, low + width)
-                if start < stop:
-                    per = 8 // width
-                    source = step % per * width + 8 * i1 + start - low
-                    target = place + start - first
-                    mask = ((1 << (stop - start)) - 1) << target
-                    yield f"({_shifted(f'q{plane}_{step // per}', source - target)} & {_both(mask)})"
-                low += width
+        for run in self._target(step):
+            for word, source, target, mask in _moved(self.fmt, step, run):
+                yield f"({_shifted(word, source + 8 * i1 - target)} & {_both(mask)})"
 
 
 @dataclass(frozen=True)
 class Bytes:
-    """How the codes of an integer format become signed bytes, four at a time.
+    """How codes become bytes that tensor cores multiply, four at a time.
 
-    A 32-bit word of the `mma8` packing holds the codes of four neighbouring columns at the same place of its bytes; one AND
-    takes them out.
+    A 32-bit word of the `mma8` packing holds the codes of four neighbouring columns at the same place of its bytes; ANDs take
+    them out. As signed bytes they are the integers. As e4m3, an integer v below 16 *is* the number v 2^-9, and the bits of a
+    smaller float, moved, are the same number times a power of two.
 
     Attributes:
-        fmt: of the codes. factor, offset: number = byte * factor + offset.
+        fmt: of the codes. operand: "i8" or "e4m3". factor, offset: number = byte * factor + offset.
     """
 
     fmt: Format
-    factor: int
+    operand: ByteOperand
+    factor: float
     offset: int
 
     @staticmethod
-    def of(fmt: Format) -> Bytes:
-        """Raises `ValueError` for a format whose numbers are no integers in steps of one size."""
+    def of(fmt: Format, operand: ByteOperand = "i8") -> Bytes:
+        """Raises `ValueError` for a format without numbers of this kind; see `why_no_bytes`."""
+        if why := why_no_bytes(fmt, operand):
+            raise ValueError(why)
         affine = _affine(fmt)
         if affine is None:
-            raise ValueError(f"{fmt.name} has no byte arithmetic")
+            return Bytes(fmt, operand, 2.0 ** (_E4M3.bias - fmt.bias), 0)
         factor, offset = affine
-        return Bytes(fmt, factor, offset + 128 if fmt.bits == 8 else offset)
+        if operand == "e4m3":
+            return Bytes(fmt, operand, factor * 2.0**_INTEGER, offset)
+        return Bytes(fmt, operand, factor, offset + 128 if fmt.bits == 8 else offset)
 
     def corrected(self, weight: Scheme) -> bool:
         """Whether sums of bytes need the sum of x to become sums of numbers."""
@@ -207,20 +207,45 @@ class Bytes:
         return 8 // min(self.fmt.planes)
 
     def word(self, step: int) -> str:
-        """Text of the 32-bit word whose bytes are the operands of a step; codes of 8 bits less 128, as bytes have a sign."""
-        terms, low = [], 0
-        for plane, width in enumerate(self.fmt.planes):
-            per = 8 // width
-            mask = ((1 << width) - 1) << low
-            moved = _shifted(f"q{plane}_{step // per}", step % per * width - low)
-            terms.append(moved if width == 8 else f"({moved} & {_signed(mask * 0x01010101)})")
-            low += width
-        return " | ".join(terms) if self.fmt.bits < 8 else f"{terms[0]} ^ {_signed(0x80808080)}"
+        """Text of the 32-bit word whose bytes are the operands of a step; integers of 8 bits less 128, as bytes have a sign."""
+        if self.fmt.bits == 8:
+            return "q0_0" if self.operand == "e4m3" else f"q0_0 ^ {_signed(0x80808080)}"
+        return " | ".join(self._moves(step))
+
+    def _target(self) -> Iterator[Run]:
+        """The runs of bits that make a byte."""
+        fmt = self.fmt
+        if _affine(fmt) is not None:
+            yield 0, 0, fmt.bits
+        else:
+            yield 0, _E4M3.mantissa - fmt.mantissa, fmt.exponent + fmt.mantissa
+            yield fmt.exponent + fmt.mantissa, 7, 1
+
+    def _moves(self, step: int) -> Iterator[str]:
+        """Terms of the OR that collects the bits of a code."""
+        for run in self._target():
+            for word, source, target, mask in _moved(self.fmt, step, run):
+                yield f"({_shifted(word, source - target)} & {_signed(mask * 0x01010101)})"
 
 
-def has_bytes(fmt: Format) -> bool:
-    """Whether a format has byte arithmetic."""
-    return _affine(fmt) is not None
+_E4M3 = FORMATS["e4m3"]
+_INTEGER = 9  # v is v 2^-9 in e4m3
+
+
+def byte_operand(act: Scheme) -> ByteOperand:
+    """As what kind of bytes activations of a scheme are multiplied."""
+    return "i8" if act.format.kind == "int" else "e4m3"
+
+
+def why_no_bytes(fmt: Format, operand: ByteOperand) -> str:
+    """Why numbers of a format are no bytes of this kind, "" when they are."""
+    affine = _affine(fmt) is not None
+    if operand == "i8":
+        return "" if affine else f"{fmt.name} is no integer format"
+    if affine:
+        return "" if fmt.bits <= 4 else f"{fmt.name} has more bits than the 4 of an integer in e4m3"
+    inside = fmt.kind == "float" and fmt.signed and fmt.exponent <= _E4M3.exponent and fmt.mantissa <= _E4M3.mantissa
+    return "" if inside else f"{fmt.name} is not inside e4m3"
 
 
 def _affine(fmt: Format) -> tuple[int, int] | None:
@@ -233,6 +258,20 @@ def _affine(fmt: Format) -> tuple[int, int] | None:
         if all(v == start + i * step for i, v in enumerate(values)):
             return step, start
     return None
+
+
+def _moved(fmt: Format, step: int, run: Run) -> Iterator[tuple[str, int, int, int]]:
+    """Where a run of bits lies in the words of a step: (word, its bit there, the bit it goes to, mask of that place)."""
+    first, place, count = run
+    low = 0
+    for plane, width in enumerate(fmt.planes):
+        start, stop = max(first, low), min(first + count, low + width)
+        if start < stop:
+            per = 8 // width
+            target = place + start - first
+            mask = ((1 << (stop - start)) - 1) << target
+            yield f"q{plane}_{step // per}", step % per * width + start - low, target, mask
+        low += width
 
 
 def _shifted(word: str, right: int) -> str:

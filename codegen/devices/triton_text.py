@@ -18,11 +18,12 @@ from typing import Any
 import jinja2
 
 from qcompile.codegen.devices.triton_lines import Codes, Exact, Layout, storage
-from qcompile.codegen.devices.triton_numbers import Bytes, IntegerDecode, Numbers
+from qcompile.codegen.devices.triton_numbers import Bytes, IntegerDecode, Numbers, byte_operand
 from qcompile.codegen.spec import KernelSpec
 from qcompile.ir.scheme import Scheme
 
 TYPES = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
+BYTE_TYPES = {"i8": "i8", "e4m3": "fp8e4nv"}
 
 
 # Device functions: a text has those that it calls.
@@ -71,7 +72,7 @@ def kernel_text(spec: KernelSpec, decode: IntegerDecode = "subnormal") -> Text:
     Args:
         decode: how integers become floats (see `triton_numbers`).
     """
-    layout, parts = Layout.of(spec.weight), _parts(spec.weight)
+    layout, parts = Layout.of(spec.weight, spec.act), _parts(spec.weight)
     lines: Exact | Codes
     if spec.act is None:
         operand = spec.x if spec.x != "f32" else "f16"
@@ -80,8 +81,9 @@ def kernel_text(spec: KernelSpec, decode: IntegerDecode = "subnormal") -> Text:
         )
         pointers, name = [("X", TYPES[spec.x])], lines.numbers.operand.name
     else:
-        lines = Codes(spec, layout, Bytes.of(spec.weight.format))
-        pointers, name = [("X", "i8"), ("XS", "fp32"), *([("XG", "i32")] if lines.corrected else [])], ""
+        lines = Codes(spec, layout, Bytes.of(spec.weight.format, byte_operand(spec.act)))
+        sums = [("XG", "i32" if lines.integers else "fp32")] if lines.corrected else []
+        pointers, name = [("X", BYTE_TYPES[lines.numbers.operand]), ("XS", "fp32"), *sums], ""
     inputs = len(pointers)
     pointers += [(f"{name}{i}", kind) for i in range(spec.segments) for name, kind in parts]
     pointers += [(f"E{i}", TYPES[dtype]) for i, (_, dtype) in enumerate(spec.extras)] + [("Y", TYPES[spec.y])]

@@ -8,7 +8,7 @@ import importlib.util
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -61,12 +61,20 @@ def writes_triton(device: torch.device) -> bool:
     return bool(config.cpu_backend == "triton")
 
 
+class Gpu(NamedTuple):
+    """What kernels are cut for: "sm_90" or "gfx942", how many multiprocessors, bytes of shared memory of a block."""
+
+    architecture: str = ""
+    processors: int = 8
+    shared: int = 65536
+
+
 @functools.lru_cache(maxsize=64)
-def gpu(device: torch.device) -> tuple[str, int]:
-    """Architecture of a GPU ("sm_90", "gfx942") and how many multiprocessors it has; ("", 8) for what is none, where
-    kernels are interpreted."""
+def gpu(device: torch.device) -> Gpu:
+    """About a GPU; the defaults for what is none, where kernels are interpreted."""
     if device.type != "cuda":
-        return "", 8
+        return Gpu()
     about = torch.cuda.get_device_properties(device)
     name = getattr(about, "gcnArchName", "") if torch.version.hip else f"sm_{about.major}{about.minor}"
-    return name.partition(":")[0], about.multi_processor_count
+    shared = getattr(about, "shared_memory_per_block_optin", Gpu().shared)
+    return Gpu(name.partition(":")[0], about.multi_processor_count, shared)

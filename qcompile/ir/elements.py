@@ -50,7 +50,12 @@ def round_element(y: Tensor, fmt: Format, shift: Tensor | None = None) -> Tensor
     if fmt.kind == "int":
         q = torch.round(y)
         return torch.clamp(q if shift is None else q + shift, fmt.low, fmt.max)
+    if (native := _NATIVE.get(fmt.name)) is not None:  # one instruction on devices that have it
+        return torch.clamp(y, fmt.low, fmt.max).to(native).to(torch.float32)
     return decode_element(encode_element(y, fmt, "nearest", None, shift), fmt)
+
+
+_NATIVE = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
 def _encode_int(y: Tensor, fmt: Format, rounding: str, bits: Tensor | None, shift: Tensor | None) -> Tensor:

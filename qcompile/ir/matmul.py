@@ -16,8 +16,8 @@ from functools import lru_cache
 import torch
 
 from qcompile.errors import QCError
-from qcompile.ir.codec import choose_qparams, dequantize, encode
-from qcompile.ir.elements import decode_element
+from qcompile.ir.codec import choose_qparams, dequantize
+from qcompile.ir.elements import round_element
 from qcompile.ir.granularity import PerGroup, PerToken
 from qcompile.ir.qparams import effective_scale
 from qcompile.ir.scales import spread
@@ -208,38 +208,36 @@ def evaluate_epilogue(epilogue: str, names: Mapping[str, torch.Tensor]) -> torch
 
 
 def quantize_rows(x: torch.Tensor, act: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dynamic integer activations, all in fp32, rounded to nearest even with `s = absmax / Q`.
+    """Dynamic activations, all in fp32, rounded to nearest even with `s = absmax / Q`, Q the format's largest value.
 
     Per token `q = round(x * (Q / absmax))`, the form that costs a kernel no division; in groups `q = round(x / s)`, as
     the codec encodes everything else.
 
     Args:
         x: `[..., k]` fp32, finite.
-        act: a symmetric integer scheme, per token or in groups along k.
+        act: a symmetric scheme of integers or of floats, per token or in groups along k.
 
     Returns:
-        `(q, s)`: integer values held in fp32 `[..., k]`, and scales `[..., 1]` per token, `[..., k]` in groups.
+        `(q, s)`: values of the format held in fp32 `[..., k]`, and scales `[..., 1]` per token, `[..., k]` in groups.
     """
-    known = isinstance(act.granularity, PerToken | PerGroup) and act.format.kind == "int" and act.symmetric
+    known = isinstance(act.granularity, PerToken | PerGroup) and act.format.kind in ("int", "float") and act.symmetric
     if not known or act.rounding != "nearest":
         raise QCError(
             "matmul.act",
             f"activation scheme {act} is not supported",
             next="use int8/token (symmetric, one scale per row) or int8/g32:fp32 (one for each 32 values), to nearest",
         )
+    top = act.format.max
     if isinstance(act.granularity, PerGroup):
         qparams = choose_qparams(x, act)
-        cell = act.granularity.cell(x.dim())
-        return (
-            decode_element(encode(x, act, qparams), act.format),
-            spread(effective_scale(qparams, act, x.dim()), cell, x.shape),
-        )
-    top = act.format.max
+        scale = spread(effective_scale(qparams, act, x.dim()), act.granularity.cell(x.dim()), x.shape)
+        return round_element((x / scale).nan_to_num(0.0), act.format), scale
     absmax = x.abs().amax(-1, keepdim=True)
     # One rounding, as in the kernels: a Python number divided by a tensor is its reciprocal times the number.
     inverse = torch.where(absmax > 0, torch.full_like(absmax, top) / absmax, torch.zeros_like(absmax))
     # A row whose absmax is subnormal makes 127/absmax overflow; clamping keeps its codes in range.
-    return torch.round(x * inverse).nan_to_num(0.0).clamp(-top, top), absmax / top
+    scaled = (x * inverse).nan_to_num(0.0).clamp(-top, top)
+    return round_element(scaled, act.format), absmax / top
 
 
 def reference_qmm(

@@ -294,13 +294,14 @@ def _check_act(act: Scheme | None, weight: Scheme | None) -> None:
             why="weight None (in a file: null) keeps a site float, activations included",
             next="give the rule a weight such as 'int8/g64', or leave act out",
         )
-    fits = isinstance(act.granularity, PerToken | PerGroup) and act.format.kind == "int" and act.symmetric
+    fits = isinstance(act.granularity, PerToken | PerGroup) and act.format.kind in ("int", "float") and act.symmetric
     if not fits or not act.format.signed or act.scale.format.name != "fp32" or act.rounding != "nearest":
         raise QCError(
             "recipe.act",
             f"activations cannot be {act}",
-            why="they are rounded to nearest as they come: signed integers, no zero point, an fp32 scale per token or group",
-            next="write int8/token, or int8/g32:fp32 for one scale for each 32 values",
+            why="they are rounded to nearest as they come: signed integers or floats, no zero point, an fp32 scale per token "
+            "or group",
+            next="write int8/token, or int8/g32:fp32 for one scale for each 32 values, or e4m3/token",
         )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("triton", reason="triton is not installed: torch's builds for CPUs come without it")
 
 from qcompile import compat
-from qcompile.codegen.devices.triton import Tile, fit, text_of
+from qcompile.codegen.devices.triton import Tile, TritonLowering, cut, family, fit, text_of
 from qcompile.codegen.spec import KernelSpec
 from qcompile.codegen.tuning.triton import shapes
 from qcompile.ir.scheme import Scheme
@@ -65,15 +67,16 @@ def build(spec: KernelSpec, tile: Tile, *targets: str) -> dict[str, Report]:
     )
 
 
-def spec_of(scheme: str, dtype: str = "bf16") -> KernelSpec:
-    return KernelSpec(Scheme.parse(f"{scheme}@mma16"), None, x=dtype, y=dtype)
+def spec_of(scheme: str, act: str = "", dtype: str = "bf16") -> KernelSpec:
+    weight = Scheme.parse(f"{scheme}@{'mma8' if act else 'mma16'}")
+    return KernelSpec(weight, Scheme.parse(act) if act else None, x=dtype, y=dtype)
 
 
 def tile_of(target: str, spec: KernelSpec, line: int, splits: int = 1) -> Tile:
     """A line of the shipped table, for a long K."""
-    shape, layout = shapes(target, "weight-only")[line], text_of(spec).layout
-    units = max(1, shape.depth // layout.unit)
-    return fit(Tile(shape.rows, shape.columns, units, splits, shape.stages, shape.warps), layout, layout.unit * 4096)
+    layout, shared = text_of(spec).layout, TARGETS[target].shared_limit if target else 65536
+    tile = cut(spec, shapes(target, family(spec))[line], shared)
+    return fit(replace(tile, splits=splits), layout, layout.unit * 4096)
 
 
 @pytest.mark.parametrize("scheme", BUDGET)
@@ -93,7 +96,67 @@ def test_few_rows_on_hopper(scheme: str) -> None:
     assert report.loop.instructions * report.threads / weights <= BUDGET[scheme]
 
 
-@pytest.mark.parametrize("scheme", ["int4/g128:fp16", "uint4/g32:fp16+m"])
+# The same for bytes, at a tile of 16 rows and at the largest shipped one, where tensor cores leave rows / 16 issue slots for
+# each weight (a weight meets every row, 2048 rows a cycle): 16 * 128 / 16 / 2048 of a cycle's four.
+BYTES_BUDGET = {
+    ("int8/axis0", "int8/token"): (1.5, 1.6),
+    ("uint4/axis0:fp32+z", "int8/token"): (2.5, 2.5),
+    ("int3/axis0", "int8/token"): (1.7, 1.7),
+    ("int8/g128:fp16", "int8/g128:fp32"): (2.5, 6.2),
+    ("e4m3/axis0", "e4m3/token"): (1.6, 2.6),
+    ("e4m3/b128x128:fp32", "e4m3/g128:fp32"): (2.2, 4.1),
+    ("int4/axis0", "e4m3/token"): (2.7, 4.6),
+    ("uint4/g128:fp16+z", "e4m3/g128:fp32"): (3.6, 7.7),
+    ("e3m2/axis0", "e4m3/token"): (2.7, 4.0),
+    ("int2/axis0", "e4m3/token"): (2.1, 3.5),
+}
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["few rows", "many rows"])
+@pytest.mark.parametrize(("scheme", "act"), BYTES_BUDGET)
+def test_bytes_on_hopper(scheme: str, act: str, last: bool) -> None:
+    """Instructions on bytes that take the weight from registers; sums become floats without a conversion inside the loop."""
+    spec = spec_of(scheme, act)
+    tile = tile_of("sm_90", spec, -1 if last else 0)
+    (report,) = build(spec, tile, "sm_90").values()
+    assert report.fits
+    # Zero points are converted, once for a group; weights and sums are not.
+    assert (report.spill_bytes, report.loop.shuffles, report.loop.i2f) == (0, 0, 2 * ("g128:fp16+z" in scheme))
+    assert all(name.startswith("QGMMA" if "e4m3" in act else "IGMMA") for name in report.loop.mma)
+    assert report.loop.widest_of("W0") == 16
+    assert not {"STS", "LDSM", "STSM"} & set(report.loop.shared)
+    weights = tile.columns * tile.units * text_of(spec).layout.unit
+    assert report.loop.instructions * report.threads / weights <= BYTES_BUDGET[scheme, act][last]
+
+
+# What multiplies integers and e4m3 (None: no instruction does).
+BYTES_MMA = {
+    "sm_80": ("IMMA", None),
+    "sm_86": ("IMMA", None),
+    "sm_89": ("IMMA", "QMMA"),
+    "sm_90": ("IGMMA", "QGMMA"),
+    "sm_100": ("IMMA", "UTCQMMA"),
+    "sm_120": ("IMMA", "QMMA"),
+    "gfx942": ("v_mfma_i32", None),
+}
+
+
+@pytest.mark.parametrize("act", ["int8/token", "e4m3/g128:fp32"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_bytes_on_every_target(act: str, target: str) -> None:
+    spec, wanted = spec_of("uint4/g128:fp16+z", act), BYTES_MMA[target]["e4m3" in act]
+    if wanted is None:
+        assert "e4m3" in TritonLowering(architecture=target).supports(spec).reason
+        return
+    for line in range(len(shapes(target, "bytes"))):
+        (report,) = build(spec, tile_of(target, spec, line), target).values()
+        assert report.fits, report
+        assert report.spill_bytes == 0, report
+        assert report.loop.widest_of("W0") == 16
+        assert all(name.startswith(wanted) for name in report.loop.mma)
+
+
+@pytest.mark.parametrize("scheme", ["int4/g128:fp16", "uint4/g32:fp16+m", "int3/g512:fp16"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_shape_on_every_target(scheme: str, target: str) -> None:
     spec = spec_of(scheme)

@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="triton is not installed: torch's builds fo
 from qcompile.codegen.devices.triton import Tile, TritonLowering, run, text_of
 from qcompile.codegen.devices.triton_bounds import ROUNDOFF, SMALLEST, expected
 from qcompile.codegen.devices.triton_lines import Layout
-from qcompile.codegen.devices.triton_numbers import has_bytes
+from qcompile.codegen.devices.triton_numbers import why_no_bytes
 from qcompile.codegen.spec import KernelSpec
 from qcompile.ir.codec import quantize
 from qcompile.ir.formats import FORMATS
@@ -97,21 +97,39 @@ def test_product(scheme: str, x: str, tile: Tile, m: int, n: int, k: int, pad: i
     assert (y[m // 2] == 0).all()
 
 
-# Every integer format, one scale for a row and one for each unit of the packing or two.
-BYTES = [name for name, fmt in FORMATS.items() if has_bytes(fmt)]
-BYTE_SCHEMES = [
-    *(f"{name}/axis0{':fp32+z' if name.startswith('u') else ''}" for name in BYTES),
-    *(f"{name}/g{512 if FORMATS[name].bits % 2 else 256}:fp16" for name in BYTES if not name.startswith("u")),
-    "int4/g128:fp16",
-    "uint4/g128:fp16+z",
-    "int8/g64:fp16",
-    "uint8/g192:bf16+z",
-    "int4/g128:int8/axis0:fp32",
-    "int8/tensor",
+def bytes_of(operand: str) -> list[str]:
+    """Every format of a kind of bytes: one scale for a row, and one for each unit of the packing or two."""
+    names = [name for name, fmt in FORMATS.items() if not why_no_bytes(fmt, operand)]  # type: ignore[arg-type]
+    return [
+        *(f"{name}/axis0{':fp32+z' if name.startswith('u') else ''}" for name in names),
+        *(f"{name}/g{512 if FORMATS[name].bits % 2 else 256}:fp16" for name in names if not name.startswith("u")),
+    ]
+
+
+BYTES = [
+    *((scheme, "int8/token") for scheme in bytes_of("i8")),
+    *((scheme, "e4m3/token") for scheme in bytes_of("e4m3")),
+    ("int4/g128:fp16", "int8/token"),
+    ("uint4/g128:fp16+z", "int8/token"),
+    ("int8/g64:fp16", "int8/token"),
+    ("uint8/g192:bf16+z", "int8/token"),
+    ("int4/g128:int8/axis0:fp32", "int8/token"),
+    ("int8/tensor", "int8/token"),
+    ("int8/axis0", "int4/token"),
+    ("int8/g64:fp16", "int8/g64:fp32"),
+    ("uint4/g128:fp16+z", "int8/g256:fp32"),
+    ("uint4/g384:fp16+z", "int8/g256:fp32"),
+    ("int8/g512:fp16", "int8/g1024:fp32"),
+    ("uint8/axis0:fp32+z", "int8/g128:fp32"),
+    ("e4m3/b128x128:fp32", "e4m3/g128:fp32"),
+    ("e4m3/axis0", "e4m3/g64:fp32"),
+    ("uint4/g128:fp16+z", "e4m3/g128:fp32"),
+    ("uint4/axis0:fp32+z", "e4m3/g256:fp32"),
+    ("e2m1/g128:e8m0", "e4m3/token"),
 ]
 
 
-@pytest.mark.parametrize("scheme", BYTE_SCHEMES)
+@pytest.mark.parametrize(("scheme", "act"), BYTES)
 @settings(max_examples=5, deadline=None, derandomize=True)
 @given(
     x=st.sampled_from(DTYPES),
@@ -121,8 +139,8 @@ BYTE_SCHEMES = [
     k=st.integers(1, 70) | st.sampled_from([130, 600, 1024, 1600]),
     seed=st.integers(0, 9),
 )
-def test_product_of_bytes(scheme: str, x: str, tile: Tile, m: int, n: int, k: int, seed: int) -> None:
-    spec = spec_of(scheme, x, act="int8/token")
+def test_product_of_bytes(scheme: str, act: str, x: str, tile: Tile, m: int, n: int, k: int, seed: int) -> None:
+    spec = spec_of(scheme, x, act=act)
     assert TritonLowering().supports(spec)
     parts = quantize(weight(n, k, seed), spec.weight)
     torch.manual_seed(seed)
@@ -304,14 +322,17 @@ def test_every_code_is_exact_either_way(decode: str) -> None:
     ("scheme", "act", "word"),
     [
         ("int4/g24:fp16@mma16", "", "multiple of 16"),
-        ("int4/b32x32@mma16", "", "b32x32"),
+        ("int4/b32x24@mma16", "", "multiple of 16"),
         ("int4/axis1@mma16", "", "axis1"),
         ("int4/g32:fp16", "", "tile16"),
         ("int4/axis0@mma16", "int8/token", "mma8"),
         ("int4/g32:fp16@mma8", "int8/token", "128 columns"),
         ("uint4/g128:fp16+m@mma8", "int8/token", "no minimum"),
         ("e4m3/axis0@mma8", "int8/token", "no integer"),
-        ("int4/axis0@mma8", "int4/token", "int8/token works"),
+        ("int4/axis0@mma8", "e5m2/token", "or e4m3"),
+        ("int8/axis0@mma8", "e4m3/token", "more bits than the 4"),
+        ("e5m2/axis0@mma8", "e4m3/token", "not inside e4m3"),
+        ("int8/axis0@mma8", "int8/g32:fp32", "64 columns"),
     ],
 )
 def test_refusals_have_a_reason(scheme: str, act: str, word: str) -> None:
