@@ -1,0 +1,107 @@
+"""Kernels compiled before they are needed, in many processes: a GPU's lease is for measuring.
+
+A job launches kernels on tensors of the device "meta". In a process of this pool a launch compiles and does nothing
+else, for the target that is named and without a GPU; Triton's cache on disk then has what the launch on the GPU asks
+for: types, alignment and options are the same.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
+from typing import Any
+
+import torch
+
+Target = tuple[str, int | str, int]  # backend, architecture, threads of a warp
+Job = Callable[[torch.device], object]  # of a module's function and plain arguments: it goes to another process
+
+
+class Warmer:
+    """A pool of compiling processes."""
+
+    def __init__(self, target: Target, processes: int | None = None) -> None:
+        count = processes or max(1, min(16, (os.cpu_count() or 2) - 1))
+        self.pool = ProcessPoolExecutor(
+            count, mp_context=multiprocessing.get_context("spawn"), initializer=_prepare, initargs=(target,)
+        )
+        self.started = [self.pool.submit(_nothing) for _ in range(count)]  # imports take seconds: begin now
+
+    def compile(self, jobs: Sequence[Job], seconds: float) -> list[str]:
+        """Wait for all jobs, or as long as said.
+
+        Returns:
+            What went wrong, one text for each job that failed; a launch of such a kernel will say it again.
+        """
+        futures = [self.pool.submit(_work, job) for job in jobs]
+        done, late = wait(futures, timeout=max(0.0, seconds))
+        for future in late:
+            future.cancel()
+        return [text for future in done if not future.cancelled() and (text := future.result())]
+
+    def close(self) -> None:
+        """End the processes; jobs that wait are dropped."""
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _nothing() -> None:
+    return None
+
+
+def _work(job: Job) -> str:
+    try:
+        job(torch.device("meta"))
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[-1]}"[:200]  # a compiler's reason is its last line
+    return ""
+
+
+def _prepare(target: Target) -> None:
+    """In a new process: a driver that names a target and can launch nothing, and launches that only compile."""
+    importlib.import_module("qcompile.codegen.devices.triton")  # the jobs will want it
+    os.environ.pop("TRITON_INTERPRET", None)
+    torch.set_num_threads(1)
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.driver import DriverBase
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    class Named(DriverBase):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.utils = None
+
+        @classmethod
+        def is_active(cls) -> bool:
+            return True
+
+        def get_current_target(self) -> Any:
+            return GPUTarget(*target)
+
+        def get_active_torch_device(self) -> torch.device:
+            return torch.device("meta")
+
+        def get_benchmarker(self) -> Callable[..., list[float]]:
+            return lambda function, **_: [0.0, 0.0, 0.0]
+
+        def map_python_to_cpp_type(self, ty: str) -> str:
+            raise NotImplementedError
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int = 0) -> int:
+            return 0
+
+    driver.set_active(Named())
+    original = JITFunction.run
+
+    def run(self: Any, *args: Any, warmup: bool = True, **kwargs: Any) -> Any:
+        return original(self, *args, warmup=True, **kwargs)
+
+    JITFunction.run = run
+
+
+__all__ = ["Job", "Target", "Warmer"]
