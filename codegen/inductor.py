@@ -10,19 +10,19 @@ plain-torch meaning.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
 from qcompile import compat
-from qcompile.codegen.devices import triton
+from qcompile.codegen.devices import cpu, cpu_bounds, triton, triton_bounds
 from qcompile.codegen.devices.cpu import CpuLowering, detect_isa
 from qcompile.codegen.devices.triton import TritonLowering, quantize_input, text_of
 from qcompile.codegen.registry import Kernel, Verdict
@@ -54,6 +54,21 @@ def kernel_name(device: torch.device) -> str:
 def packing(device: torch.device, act: Scheme | None) -> Packing:
     """The layout that the kernels of a device read, for activations of a scheme."""
     return triton.packing(act) if compat.writes_triton(device) else "tile16"
+
+
+class Proof(NamedTuple):
+    """How to run the kernels of a device and what they may give: see `codegen.devices.cpu.run` and `cpu_bounds.expected`."""
+
+    run: Callable[..., torch.Tensor]
+    expected: Callable[..., Any]
+
+
+def proof(device: torch.device) -> Proof:
+    """For those who compare kernels with the reference."""
+    if compat.writes_triton(device):
+        unit = triton_bounds.unit_of(compat.gpu(device).architecture)
+        return Proof(triton.run, partial(triton_bounds.expected, byte_unit=unit))
+    return Proof(cpu.run, cpu_bounds.expected)
 
 
 def loses(spec: MatmulSpec, device: torch.device, x: torch.dtype, rows: int | None) -> str:
@@ -165,4 +180,4 @@ def _lower_qmm(x: Any, parts: Sequence[Any], extras: Sequence[Any], spec: str) -
 
 _TRITON = "qcompile.codegen.devices.triton"
 
-__all__ = ["dumping", "install", "kernel_name", "loses", "packing", "prebuild", "verdict"]
+__all__ = ["Proof", "dumping", "install", "kernel_name", "loses", "packing", "prebuild", "proof", "verdict"]

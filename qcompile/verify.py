@@ -18,8 +18,6 @@ import torch
 from torch import fx
 
 from qcompile.codegen import inductor
-from qcompile.codegen.devices.cpu import run
-from qcompile.codegen.devices.cpu_bounds import expected
 from qcompile.codegen.spec import KernelSpec
 from qcompile.errors import QCError, warn
 from qcompile.ir.matmul import OUT_DTYPES, MatmulSpec, evaluate_epilogue
@@ -110,6 +108,7 @@ class _Checker(fx.Interpreter):
         self.compared += 1
         plain = replace(spec, epilogue="", extras=(), out="f32")
         raw = KernelSpec.of(plain, x.dtype, torch.float32)
+        run, expected = inductor.proof(x.device)
         sums = run(raw, rows, parts, [], spec.n, spec.k)
         step, start = spec.parts_per_segment, 0
         pieces, bounds = [], []
@@ -134,7 +133,7 @@ class _Checker(fx.Interpreter):
         """The fused kernel against its own plain sums, put through the epilogue in float64."""
         out = OUT_DTYPES[spec.out] if spec.out else x.dtype
         kernel = KernelSpec.of(spec, x.dtype, out, [e.dtype for e in extras])
-        got = run(kernel, x.reshape(-1, spec.k), parts, extras, spec.n, spec.k).double()
+        got = inductor.proof(x.device).run(kernel, x.reshape(-1, spec.k), parts, extras, spec.n, spec.k).double()
         shaped = [e.reshape(got.shape) if kind == "mat" else e for e, kind in zip(extras, spec.extras, strict=True)]
         names = {f"e{i}": e.double() for i, e in enumerate(shaped)}
         accumulators = {f"a{i}": s for i, s in enumerate(sums)} if spec.paired else {"acc": torch.cat(sums, -1)}

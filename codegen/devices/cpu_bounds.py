@@ -42,7 +42,7 @@ import torch
 
 from qcompile.codegen.devices.cpu_text import LONG_GROUP, WeightCode, arithmetic, step_blocks
 from qcompile.codegen.spec import KernelSpec
-from qcompile.ir.matmul import quantize_rows
+from qcompile.ir.matmul import over_values, quantize_rows
 from qcompile.ir.packing import BLOCK, unpack_codes, unpack_scales
 from qcompile.ir.scales import load_scale
 
@@ -108,7 +108,8 @@ def expected(spec: KernelSpec, x: torch.Tensor, parts: Sequence[torch.Tensor], n
     if spec.act is not None:
         codes, scale = quantize_rows(wide, spec.act)
         steps = step_blocks(spec)
-        used, digit = codes.double() * scale.double(), spec.act.format.max
+        used = codes.double() * over_values(scale, spec.act, codes.shape).double()
+        digit = spec.act.format.max
         roundings = 2 * groups + 6 + (4 * -(-blocks // steps) + 2 if steps else 0)
     else:
         used, digit, roundings = wide.double(), 32639.0 if how == "digits2" else 1.0, 0

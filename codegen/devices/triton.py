@@ -176,12 +176,27 @@ class Matmul:
             sums = segments if spec.paired else 1
             size = tiles * tile.splits * sums * tile.rows * tile.columns
             work = torch.empty(size, dtype=torch.float32, device=x.device)
-            tickets = torch.zeros(tiles, dtype=torch.int32, device=x.device)
+            tickets = zeros_of_stream(tiles, x.device)
         self.kernel[tiles, tile.splits](
             x, *operands, work, tickets, m, k, ldx, *sizes,
             BM=tile.rows, BN=tile.columns, KC=tile.units, SPLIT=tile.splits, STAGES=tile.stages,
             EVEN=k % self.text.layout.unit == 0, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
+
+
+def zeros_of_stream(count: int, device: torch.device) -> torch.Tensor:
+    """`[count or more]` int32 zeros for kernels that leave zeros behind: those of one stream run one after the other and
+    share a buffer, where filling a new one would take as long as a small product."""
+    kept = _ZEROS.setdefault((device, compat.stream(device)), [])
+    if kept and kept[-1].numel() >= count:
+        return kept[-1]
+    made = torch.zeros(max(2 * count, 4096), dtype=torch.int32, device=device)
+    if not compat.capturing(device):  # there, the zeros would be written when the graph is replayed, and not before
+        kept.append(made)
+    return made
+
+
+_ZEROS: dict[tuple[torch.device, int], list[torch.Tensor]] = {}  # recorded graphs use the smaller ones for ever
 
 
 def family(spec: KernelSpec) -> str:
@@ -237,23 +252,32 @@ def run(
     """Launch the kernel of `spec`.
 
     Args:
-        x: `[M, k]`, its rows dense.
+        x: `[..., k]`.
         parts: packed parts of each segment, one after the other.
-        extras: "row" `[columns]`, or "mat" `[M, columns]` with dense rows.
+        extras: "row" `[columns]`, or "mat" `[..., columns]`.
         n: rows of each segment.
         tile: how to cut the work, in place of the tuned choice.
         text: another text for the same arguments than `text_of(spec)`.
 
     Returns:
-        `[M, columns]` of dtype `spec.y`.
+        `[..., columns]` of dtype `spec.y`.
     """
     columns = n[0] if spec.paired else sum(n)
-    y = torch.empty(x.shape[0], columns, dtype=OUT_DTYPES[spec.y], device=x.device)
-    mats = [e.stride(0) for e, (kind, _) in zip(extras, spec.extras, strict=True) if kind == "mat"]
-    inputs = (x,) if spec.act is None else quantize_input(x, spec)
+    rows = _rows(x)
+    y = torch.empty(rows.shape[0], columns, dtype=OUT_DTYPES[spec.y], device=x.device)
+    kinds = [kind for kind, _ in spec.extras]
+    operands = [_rows(e) if kind == "mat" else e.contiguous() for e, kind in zip(extras, kinds, strict=True)]
+    mats = [e.stride(0) for e, kind in zip(operands, kinds, strict=True) if kind == "mat"]
+    inputs = (rows,) if spec.act is None else quantize_input(rows, spec)
     matmul = Matmul(spec, text)
-    matmul(*inputs, *parts, *extras, y, x.shape[0], k, inputs[0].stride(0), *n, *mats, columns, tile=tile)
-    return y
+    matmul(*inputs, *parts, *operands, y, rows.shape[0], k, inputs[0].stride(0), *n, *mats, columns, tile=tile)
+    return y.reshape(*x.shape[:-1], columns)
+
+
+def _rows(t: torch.Tensor) -> torch.Tensor:
+    """A matrix whose rows are dense."""
+    flat = t.reshape(-1, t.shape[-1])
+    return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
 
 
 def quantize_input(x: torch.Tensor, spec: KernelSpec) -> tuple[torch.Tensor, ...]:
@@ -272,9 +296,8 @@ def quantize_input(x: torch.Tensor, spec: KernelSpec) -> tuple[torch.Tensor, ...
     operand = byte_operand(spec.act)
     codes, sums = _BYTE_DTYPES[operand], torch.int32 if integer_sums(operand, layout) else torch.float32
     q, scale = quantize_rows(x.reshape(m, k).float(), spec.act)
-    scale = scale[:, :: layout.act_group or 1]
     columns = ceil_div(k, layout.unit) * layout.unit
-    found = (torch.nn.functional.pad(q, (0, columns - k)).to(codes), scale.contiguous())
+    found = (torch.nn.functional.pad(q, (0, columns - k)).to(codes), scale)
     if not Bytes.of(spec.weight.format, operand).corrected(spec.weight):
         return found
     cell = layout.cell or columns

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from qcompile import compat
+from qcompile.codegen.devices.triton import zeros_of_stream
 from qcompile.codegen.devices.triton_attention_text import HEADS, AttentionSpec, AttentionText, attention_text
 from qcompile.errors import QCError
 from qcompile.ir.kvcache import Cache, CacheLayout
@@ -110,7 +111,7 @@ def decode_attention(
         # The sums of each split, its maximum and its sum of probabilities.
         size = blocks * block.splits * columns * (text.rows + 2)
         work = torch.empty(size, dtype=torch.float32, device=q.device)
-        tickets = torch.zeros(blocks, dtype=torch.int32, device=q.device)
+        tickets = zeros_of_stream(blocks, q.device)
     exponent = (dim**-0.5 if scale is None else scale) * math.log2(math.e)
     compat.triton_kernel(text.source)[blocks, block.splits](
         q, *(part.view(torch.int32) for part in cache.parts), table, lengths, y, work, tickets, exponent,

@@ -12,8 +12,8 @@ and Pranesh, Numerical behavior of NVIDIA tensor cores, 2021, section 4); the in
 * Bytes: sums of integers are exact. Four roundings per cell (to a float, times two scales, into the sum) and those at the
   end: the scales of rows, splits. Sums of e4m3 are sums of floats: products are exact, one rounding per k, and as many of
   the sum of x, which integer codes less an offset or a zero point need; what is cut off is relative to codes and zeros
-  before they are subtracted. (The instructions of sm_90 add e4m3 with 13 bits after the leading one of the largest term,
-  not 23: `unit` for real launches there; DeepSeek-V3 Technical Report, 2024, section 3.3.2.)
+  before they are subtracted. The instructions of sm_90 add e4m3 with 13 bits after the leading one of the largest term,
+  not 23 (DeepSeek-V3 Technical Report, 2024, section 3.3.2): see `unit_of`.
 * Sums of floats: one rounding per k, one per step and unit, one with each group's scale, split and the row's scale.
 
 Below the normal numbers a rounded operand is off by up to half the smallest subnormal number of its type.
@@ -31,7 +31,7 @@ from qcompile.codegen.devices.triton_numbers import Numbers, byte_operand
 from qcompile.codegen.spec import KernelSpec
 from qcompile.ir.codec import part_names
 from qcompile.ir.granularity import Nested, PerGroup
-from qcompile.ir.matmul import quantize_rows
+from qcompile.ir.matmul import over_values, quantize_rows
 from qcompile.ir.packing import unpack_codes, unpack_scales
 from qcompile.ir.scales import load_scale
 
@@ -43,6 +43,11 @@ SMALLEST = {"f16": 2.0**-24, "bf16": 2.0**-133, "f32": 2.0**-149}
 def gamma(n: float, unit: float = UNIT) -> float:
     """Relative error of `n` roundings of tensor cores."""
     return n * unit / (1 - n * unit)
+
+
+def unit_of(architecture: str) -> float:
+    """The unit of a rounding in sums of e4m3."""
+    return 2.0**-13 if architecture in ("sm_89", "sm_90") else UNIT
 
 
 @dataclass(frozen=True)
@@ -115,9 +120,9 @@ def expected(
     n: int,
     k: int,
     rounded: bool | None = None,
-    unit: float = UNIT,
+    byte_unit: float = UNIT,
 ) -> Expected:
-    """One segment's sums for finite `x[m, k]`; `rounded` as in `terms`, `unit` of a rounding of the sum."""
+    """One segment's sums for finite `x[m, k]`; `rounded` as in `terms`, `byte_unit` of a rounding of a sum of e4m3."""
     weight = terms(spec, parts, n, k, rounded)
     wide = x.double()
     layout = Layout.of(spec.weight, spec.act)
@@ -127,11 +132,14 @@ def expected(
     if spec.act is not None:
         codes, scale = quantize_rows(x.float(), spec.act)
         sums = 0 if byte_operand(spec.act) == "i8" else k + (layout.cell or k)
-        wide, roundings = codes.double() * scale.double(), sums + 4 * (k // (layout.cell or k) + 1) + 8
+        wide = codes.double() * over_values(scale, spec.act, codes.shape).double()
+        roundings = sums + 4 * (k // (layout.cell or k) + 1) + 8
     # Sums below the normal numbers: one error of the smallest number for each rounding, with the row's scale where it waits.
     waiting = weight.size.amax(1) / weight.value.abs().clamp_min(2.0**-149).amax(1).clamp_min(1) + 1
     tiny = 2.0**-126 * roundings * (1 + waiting)
     return Expected(
         wide @ weight.value.T,
-        wide.abs() @ weight.error.T + gamma(roundings, unit) * (wide.abs() @ weight.size.T) + tiny,
+        wide.abs() @ weight.error.T
+        + gamma(roundings, UNIT if spec.act is None else byte_unit) * (wide.abs() @ weight.size.T)
+        + tiny,
     )

@@ -46,7 +46,11 @@ class Layout:
     def of(weight: Scheme, act: Scheme | None = None) -> Layout:
         unit = unit_columns(weight.format.bits)
         inner = weight.granularity.inner if isinstance(weight.granularity, Nested) else weight.granularity
-        group = {PerGroup: lambda: inner.size, PerBlock: lambda: inner.w}.get(type(inner), lambda: 0)()
+        match inner:
+            case PerGroup(group) | PerBlock(_, group):
+                pass
+            case _:
+                group = 0
         mode: Mode = "row"
         if weight.scale.zero == "m" or group % unit:
             mode = "operand"

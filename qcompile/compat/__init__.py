@@ -42,7 +42,7 @@ from qcompile.compat.inductor import (
     inductor_options,
     inner_compile,
 )
-from qcompile.compat.jit import gpu, triton_kernel, triton_version, writes_triton
+from qcompile.compat.jit import capturing, gpu, stream, triton_kernel, triton_version, writes_triton
 from qcompile.compat.lowering import (
     contiguous,
     cpp_binding,
@@ -71,6 +71,7 @@ __all__ = [
     "EagerFlops",
     "Fingerprint",
     "add_placeholder",
+    "capturing",
     "clone_graph",
     "compile_example",
     "compile_fx",
@@ -113,6 +114,7 @@ __all__ = [
     "size_hint",
     "size_symbols",
     "skip_module_guards",
+    "stream",
     "stride_hints",
     "trim_memory",
     "triton_kernel",

@@ -78,3 +78,13 @@ def gpu(device: torch.device) -> Gpu:
     name = getattr(about, "gcnArchName", "") if torch.version.hip else f"sm_{about.major}{about.minor}"
     shared = getattr(about, "shared_memory_per_block_optin", Gpu().shared)
     return Gpu(name.partition(":")[0], about.multi_processor_count, shared)
+
+
+def stream(device: torch.device) -> int:
+    """The stream that work for a device goes to, 0 where there is none."""
+    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether work for a device is recorded into a CUDA graph, and not run."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

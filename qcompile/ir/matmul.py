@@ -218,7 +218,7 @@ def quantize_rows(x: torch.Tensor, act: Scheme) -> tuple[torch.Tensor, torch.Ten
         act: a symmetric scheme of integers or of floats, per token or in groups along k.
 
     Returns:
-        `(q, s)`: values of the format held in fp32 `[..., k]`, and scales `[..., 1]` per token, `[..., k]` in groups.
+        `(q, s)`: values of the format held in fp32 `[..., k]`, and scales `[..., groups]`, one group per token.
     """
     known = isinstance(act.granularity, PerToken | PerGroup) and act.format.kind in ("int", "float") and act.symmetric
     if not known or act.rounding != "nearest":
@@ -230,14 +230,19 @@ def quantize_rows(x: torch.Tensor, act: Scheme) -> tuple[torch.Tensor, torch.Ten
     top = act.format.max
     if isinstance(act.granularity, PerGroup):
         qparams = choose_qparams(x, act)
-        scale = spread(effective_scale(qparams, act, x.dim()), act.granularity.cell(x.dim()), x.shape)
-        return round_element((x / scale).nan_to_num(0.0), act.format), scale
+        scale = effective_scale(qparams, act, x.dim())
+        return round_element((x / over_values(scale, act, x.shape)).nan_to_num(0.0), act.format), scale
     absmax = x.abs().amax(-1, keepdim=True)
     # One rounding, as in the kernels: a Python number divided by a tensor is its reciprocal times the number.
     inverse = torch.where(absmax > 0, torch.full_like(absmax, top) / absmax, torch.zeros_like(absmax))
     # A row whose absmax is subnormal makes 127/absmax overflow; clamping keeps its codes in range.
     scaled = (x * inverse).nan_to_num(0.0).clamp(-top, top)
     return round_element(scaled, act.format), absmax / top
+
+
+def over_values(scale: torch.Tensor, act: Scheme, shape: Sequence[int]) -> torch.Tensor:
+    """The scales of `quantize_rows` as they meet values of a shape: `[..., 1]` per token, `[..., k]` in groups."""
+    return spread(scale, act.granularity.cell(len(shape)), shape) if isinstance(act.granularity, PerGroup) else scale
 
 
 def reference_qmm(
@@ -272,7 +277,7 @@ def reference_qmm(
     if spec.act is not None:
         wide, scale = quantize_rows(wide, spec.act)
         if isinstance(spec.act.granularity, PerGroup):
-            wide, scale = wide * scale, None
+            wide, scale = wide * over_values(scale, spec.act, wide.shape), None
     segments = []
     for i, n in enumerate(spec.n):
         weight = dequantize(list(parts[i * step : (i + 1) * step]), spec.weight, n, spec.k, torch.float32)

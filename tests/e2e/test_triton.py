@@ -17,6 +17,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
 from qcompile import Recipe, Rule, explain
+from qcompile.backend import watching
 from qcompile.codegen.devices.triton_bounds import ROUNDOFF
 from qcompile.ir.matmul import DTYPE_NAMES
 from qcompile.testing.interpret import interpret
@@ -93,20 +94,37 @@ def test_schemes(scheme: str) -> None:
     assert close(compiled(model, scheme)(x), model, x, scheme)
 
 
-@pytest.mark.parametrize("scheme", ["int8/axis0", "uint4/g128:fp16+z"])
-def test_activations_are_quantized_where_they_are_made(scheme: str) -> None:
+@pytest.mark.parametrize(
+    ("scheme", "act", "step"),
+    [
+        ("int8/axis0", "int8/token", 0.5 / 127),
+        ("uint4/g128:fp16+z", "int8/token", 0.5 / 127),
+        ("e4m3/axis0", "e4m3/token", 2.0**-4),
+        ("e4m3/b128x128:fp32", "e4m3/g128:fp32", 2.0**-4),
+    ],
+)
+def test_activations_are_quantized_where_they_are_made(scheme: str, act: str, step: float) -> None:
     """The norm's kernel also writes codes; gelu's and the gate's results become codes in one kernel each; sums of the two
-    groups of the last input take another. Half a step of 127 is what rounding moves an input of a linear by."""
+    groups of the last input take another. Rounding moves an input of a linear by half a step of 127, or by half a unit of
+    three bits."""
     model, x = gated(torch.bfloat16), torch.randn(7, 128, dtype=torch.bfloat16)
-    recipe = Recipe((Rule(scheme, act="int8/token"),))
+    recipe = Recipe((Rule(scheme, act=act),))
     out, (code,) = run_and_get_code(compiled(model, recipe), x)
     called = launches(code.partition("def call(")[2].partition("return")[0])
     assert len([name for name in called if name == "qcompile_qmm"]) == 3
     assert len(called) == 6 + ("g128" in scheme)
-    assert close(out, model, x, scheme, step=0.5 / 127)
+    assert close(out, model, x, scheme, step=step)
     for rows in (1, 20):
         x = torch.randn(rows, 128, dtype=torch.bfloat16)
-        assert close(compiled(model, recipe, dynamic=True)(x), model, x, scheme, step=0.5 / 127)
+        assert close(compiled(model, recipe, dynamic=True)(x), model, x, scheme, step=step)
+
+
+@pytest.mark.parametrize("recipe", ["int4", "int8/axis0 int8/token", "e4m3/axis0 e4m3/token"])
+def test_verify_compares_the_kernels(recipe: str) -> None:
+    with watching() as trace:
+        compiled(gated(torch.bfloat16), recipe, verify=True)(torch.randn(5, 128, dtype=torch.bfloat16))
+    (note,) = [note for ctx in trace.contexts for note in ctx.plan.notes if "verify" in note]
+    assert note.startswith("verify compared 3 of 3 calls")
 
 
 def test_one_graph_serves_every_number_of_rows() -> None:
