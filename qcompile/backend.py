@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -186,7 +186,7 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -
         # A cached graph generates no kernels, so there would be nothing to dump.
         uncached = {"force_disable_caches": True} if options.dump else {}
         config = {**_CONFIG, **uncached, **options.inductor}
-        config = compat.Fingerprint.patch(fingerprint(passes, ctx), config)
+        config = compat.Fingerprint.patch(fingerprint(passes, ctx, devices), config)
         with inductor.dumping(options.dump):
             compiled = compat.compile_fx(work, values, inner_compile=_post(passes, inner, ctx), config=config)
     position = {name: index for index, name in enumerate(names)}
@@ -221,14 +221,16 @@ def _by_reference(gm: fx.GraphModule) -> Callable[..., Any]:
     return call
 
 
-def fingerprint(passes: Sequence[Pass], ctx: PassContext) -> str:
-    """Everything that decides which code a graph becomes, for Inductor's cache keys."""
+def fingerprint(passes: Sequence[Pass], ctx: PassContext, devices: Collection[torch.device] = ()) -> str:
+    """Everything that decides which code a graph becomes, for Inductor's cache keys. The compiler is asked for the
+    processor's instructions, which takes a while, unless all `devices` have their kernels from Triton."""
+    cpu = not devices or not all(map(compat.writes_triton, devices))
     parts = [
         package_hash(),
         *(f"{item.name}:{item.fingerprint()}" for item in passes),
         ctx.recipe.fingerprint(),
         ctx.options.fingerprint(),
-        detect_isa(),
+        detect_isa() if cpu else "",
         compat.triton_version() or "",
         compat.cpp_compiler() or "",
         compat.processor(),

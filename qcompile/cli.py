@@ -151,7 +151,7 @@ def bench(
     scripts = {
         str(path.relative_to(folder).with_suffix("")): path
         for path in sorted(folder.rglob("*.py"))
-        if not path.name.startswith("_")
+        if not path.name.startswith("_") and not (path.parent / "__init__.py").exists()
     }
     if name in ("", "--help", "-h"):
         for known, path in scripts.items():

@@ -23,8 +23,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from qcompile import compat
+from qcompile.codegen import inductor
 from qcompile.errors import QCError, warn
 from qcompile.ir.codec import quantize, refuse_nonfinite
+from qcompile.ir.scheme import PACKINGS
 from qcompile.packed import FLOATS, PackedParts, PackedWeight, attach, packed_weights, parametrized
 from qcompile.passes.detect.sites import is_head
 from qcompile.passes.rewrite.resolve import refuse_ragged
@@ -139,19 +141,23 @@ def convert(model: nn.Module, recipe: Any = "auto", *, strict: bool = False) -> 
             continue
         if strict:
             refuse_ragged(choice.weight, first.n, first.k, first.path)
-        parts = quantize(_rows(weight, first), choice.weight, fit=choice.fit)
-        warn_clamped(parts, choice.weight, first.n, first.path)
+        scheme = choice.weight
+        if scheme.packing == PACKINGS[0]:
+            scheme = replace(scheme, packing=inductor.packing(weight.device, choice.act))
+        parts = quantize(_rows(weight, first), scheme, fit=choice.fit)
+        warn_clamped(parts, scheme, first.n, first.path)
+        act = str(choice.act) if choice.act is not None else ""
         before = weight.numel() * weight.element_size()
         for owner in owners:
             attach(
                 owner.module,
                 PackedWeight(
-                    str(choice.weight), owner.n, owner.k, weight.dtype, owner.transposed, choice.fit, owner.path
+                    str(scheme), owner.n, owner.k, weight.dtype, owner.transposed, choice.fit, owner.path, act
                 ),
                 parts,
             )
-        done.append(Converted(first.path, str(choice.weight), before, sum(p.numel() * p.element_size() for p in parts)))
-        done += [Converted(owner.path, str(choice.weight), 0, 0) for owner in owners[1:]]
+        done.append(Converted(first.path, str(scheme), before, sum(p.numel() * p.element_size() for p in parts)))
+        done += [Converted(owner.path, str(scheme), 0, 0) for owner in owners[1:]]
         del weight, owners, first
     kept += others
     gc.collect()

@@ -1,22 +1,28 @@
 """A packed weight as ordinary module state: integer buffers, and a parametrization that decodes them.
 
 No tensor subclass and no module class is swapped: torch's own parametrizations make `module.weight` a function of plain
-buffers, so state dicts, copies, devices and other backends know what to do with it.
+buffers, so state dicts, copies, devices and other backends know what to do with it. The layout of the codes is that of the
+kernels of the device that they are on: moving a model lays them out anew.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.utils.weak import WeakIdKeyDictionary
 
 import qcompile.ir.ops  # noqa: F401  (registers the operators)
+from qcompile.codegen import inductor
 from qcompile.errors import QCError, warn
 from qcompile.ir.codec import quantize
-from qcompile.ir.scheme import Scheme
+from qcompile.ir.packing import repack_codes
+from qcompile.ir.scheme import Packing, Scheme
 from qcompile.runtime.store import ordinary_tensors
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -33,6 +39,7 @@ class PackedWeight(nn.Module):
         transposed: the module keeps its weight as `[k, n]` (HF `Conv1D`).
         fit: how scales are chosen when a float weight is assigned.
         path: where the weight was when it was packed, for messages.
+        act: the scheme of activations that it was packed for, "" for none: it decides the layout on a GPU.
     """
 
     def __init__(
@@ -44,11 +51,28 @@ class PackedWeight(nn.Module):
         transposed: bool = False,
         fit: str = "minmax",
         path: str = "weight",
+        act: str = "",
     ) -> None:
         super().__init__()
         self.scheme, self.n, self.k, self.dtype, self.transposed, self.fit = scheme, n, k, dtype, transposed, fit
-        self.path = path
+        self.path, self.act = path, act
         self._given: list[torch.Tensor] | None = None
+
+    @property
+    def packing(self) -> Packing:
+        """The layout of the codes."""
+        return Scheme.parse(self.scheme).packing
+
+    def layout_on(self, device: torch.device) -> Packing:
+        """The layout that the kernels of a device read; a layout that is of no device stays."""
+        if self.packing == "rows" or device.type == "meta":
+            return self.packing
+        return inductor.packing(device, Scheme.parse(self.act) if self.act else None)
+
+    def laid_out(self, codes: torch.Tensor, packing: Packing, old: Packing | None = None) -> torch.Tensor:
+        """Codes in another layout; `old` is that of `packing` when it is not given."""
+        bits = Scheme.parse(self.scheme).format.bits
+        return repack_codes(codes, bits, self.n, self.k, old or self.packing, packing)
 
     def give(self, parts: Sequence[torch.Tensor]) -> None:
         """Parts that the next `right_inverse` returns instead of encoding."""
@@ -95,8 +119,12 @@ class PackedParts(parametrize.ParametrizationList):
     """
 
     @property
+    def _weight(self) -> PackedWeight:
+        return next(item for item in self if isinstance(item, PackedWeight))
+
+    @property
     def _meaning(self) -> str:
-        return next(f"{item.scheme} [{item.n}, {item.k}]" for item in self if isinstance(item, PackedWeight))
+        return f"{self._weight.scheme} [{self._weight.n}, {self._weight.k}]"
 
     def forward(self) -> torch.Tensor:
         """The weight. Dynamo guards what it meets on the way to a weight, for every weight and on every call, so the way
@@ -113,7 +141,7 @@ class PackedParts(parametrize.ParametrizationList):
 
     def set_extra_state(self, state: torch.Tensor) -> None:
         """Raises `QCError` ("load.scheme") when the state is of another scheme or size."""
-        found = bytes(state.tolist()).decode(errors="replace")
+        found = _text(state)
         if found != self._meaning:
             raise QCError(
                 "load.scheme",
@@ -124,26 +152,60 @@ class PackedParts(parametrize.ParametrizationList):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         name = f"{prefix}_extra_state"
         if name in state_dict:  # before a buffer is overwritten
+            self._adopt(state_dict, prefix)
             try:
                 self.set_extra_state(state_dict[name])
             except QCError as error:
                 raise error.at(prefix.removesuffix(".")) from error
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
+    def _adopt(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Lay the codes of a state out as the module has them, when that is all they differ in."""
+        item, codes = self._weight, f"{prefix}original0"
+        old = _text(state_dict[f"{prefix}_extra_state"]).partition(" ")[0]
+        try:
+            scheme = Scheme.parse(old)
+        except QCError:
+            return
+        if codes in state_dict and str(replace(scheme, packing=item.packing)) == item.scheme != old:
+            state_dict[codes] = item.laid_out(state_dict[codes], item.packing, scheme.packing)
+            state_dict[f"{prefix}_extra_state"] = self.get_extra_state()
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedParts:
         for item in self:
             if isinstance(item, PackedWeight):
                 item.dtype = fn(torch.empty(0, dtype=item.dtype)).dtype
 
+        codes = self._buffers["original0"]
+
         def keep(part: torch.Tensor) -> torch.Tensor:
             bits = part.view(_BITS[part.element_size()])
             moved = fn(bits)
-            return part if moved is bits else moved.view(part.dtype)
+            if moved is bits:
+                return part
+            # Tied weights stay tied: another module may have moved this very tensor just now.
+            known, versions = _MOVED.get(part, (lambda: None, ()))
+            before = known()
+            if before is not None and before.device == moved.device and versions == (part._version, before._version):
+                return before
+            made = moved.view(part.dtype)
+            if part is codes:
+                made = item.laid_out(made, item.layout_on(made.device))
+            _MOVED[part] = (weakref.ref(made), (part._version, made._version))
+            return made
 
+        item = self._weight
         super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
+        device = cast("torch.Tensor", self._buffers["original0"]).device
+        item.scheme = str(replace(Scheme.parse(item.scheme), packing=item.layout_on(device)))
         return self
 
 
+def _text(state: torch.Tensor) -> str:
+    return bytes(state.tolist()).decode(errors="replace")
+
+
+_MOVED = WeakIdKeyDictionary()  # tensors of packed weights: what they were last moved to, and versions of both
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 

@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from qcompile.conversion import keeps_transposed, module_of
 from qcompile.errors import QCError, warn
 from qcompile.ir.codec import check_parts, part_names
 from qcompile.ir.fit import FITS
-from qcompile.ir.scheme import Scheme
+from qcompile.ir.scheme import PACKINGS, Packing, Scheme
 from qcompile.packed import FLOATS, PackedWeight, attach, packed_weights
 from qcompile.runtime.store import ordinary_tensors
 
@@ -63,6 +63,7 @@ def save(model: nn.Module, path: str | Path) -> Path:
     aliases: dict[str, str] = {}
     seen: dict[tuple[object, ...], str] = {}
     stored: set[int] = set()
+    codes = {f"{_prefix(path)}0": item for path, _, item in packed}
     for name, tensor in _state(model):
         memory = tensor.untyped_storage().data_ptr()
         key = (memory, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
@@ -71,12 +72,15 @@ def save(model: nn.Module, path: str | Path) -> Path:
             continue
         seen[key] = name
         dense = tensor.detach().contiguous()
+        if name in codes:  # files are of no device
+            dense = codes[name].laid_out(dense, _neutral(codes[name].packing))
         # The file format refuses tensors that share memory: another view of a stored tensor is stored as a copy.
         tensors[name] = dense.clone() if dense.untyped_storage().data_ptr() in stored else dense
         stored.add(memory)
     schemes = {
         module: {
-            "scheme": item.scheme,
+            "scheme": str(replace(Scheme.parse(item.scheme), packing=_neutral(item.packing))),
+            "act": item.act,
             "n": item.n,
             "k": item.k,
             "dtype": str(item.dtype).removeprefix("torch."),
@@ -107,7 +111,7 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
         path: the folder.
 
     Returns:
-        The model, for chaining. It computes bit for bit what the saved one did.
+        The model, for chaining, on the device that it was on. It computes bit for bit what the saved one did there.
 
     Raises:
         QCError: "model.none", "load.path", "load.version", "load.manifest" (an entry is missing or impossible),
@@ -151,18 +155,37 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     return model
 
 
+def _neutral(packing: Packing) -> Packing:
+    return packing if packing == "rows" else PACKINGS[0]
+
+
 class _Reader:
     """Tensors by name, each read once, aliases resolved to the very same tensor."""
 
     def __init__(self, file: Any, aliases: dict[str, str]) -> None:
         self.file, self.aliases, self.names = file, aliases, set(file.keys())
         self.read: dict[str, torch.Tensor] = {}
+        self.made: dict[tuple[object, ...], torch.Tensor] = {}
         self.asked: set[str] = set()
 
     @property
     def surplus(self) -> list[str]:
         """Names that nobody asked for."""
         return sorted((self.names | self.aliases.keys()) - self.asked)
+
+    def placed(
+        self,
+        tensor: torch.Tensor,
+        device: torch.device,
+        layout: Packing | None = None,
+        weight: PackedWeight | None = None,
+    ) -> torch.Tensor:
+        """A tensor of the file on a device, codes of a weight in a layout: one for one."""
+        key = (id(tensor), device, layout)
+        if key not in self.made:
+            moved = tensor.to(device)
+            self.made[key] = weight.laid_out(moved, layout) if weight is not None and layout is not None else moved
+        return self.made[key]
 
     def __contains__(self, name: str) -> bool:
         return self.aliases.get(name, name) in self.names
@@ -215,6 +238,7 @@ def _packed(model: nn.Module, path: str, entry: Any, reader: _Reader) -> _Packed
     n, k = (_entry(entry, size, int, where) for size in "nk")
     transposed = _entry(entry, "transposed", bool, where)
     dtype, fit = _entry(entry, "dtype", str, where), _entry(entry, "fit", str, where, "minmax")
+    act = _entry(entry, "act", str, where, "")
     for value, known in ((dtype, _DTYPES), (fit, FITS)):
         if value not in known:
             raise QCError("load.manifest", f"unknown {value!r}", where=where, next=f"one of: {', '.join(known)}")
@@ -236,8 +260,18 @@ def _packed(model: nn.Module, path: str, entry: Any, reader: _Reader) -> _Packed
         check_parts(parts, scheme, n, k)
     except QCError as error:
         raise error.at(where) from error
-    weight = PackedWeight(str(scheme), n, k, _DTYPES[dtype], transposed, fit, f"{path}.weight" if path else "weight")
-    return _Packed(path, module, weight, parts)
+    name = f"{path}.weight" if path else "weight"
+    weight = PackedWeight(str(scheme), n, k, _DTYPES[dtype], transposed, fit, name, act)
+    device = _device(old)
+    layout = weight.layout_on(device)
+    placed = (reader.placed(parts[0], device, layout, weight), *(reader.placed(p, device) for p in parts[1:]))
+    weight.scheme = str(replace(scheme, packing=layout))
+    return _Packed(path, module, weight, placed)
+
+
+def _device(old: torch.Tensor) -> torch.device:
+    """Where a tensor of the file goes: a model without data gets it on the CPU."""
+    return torch.device("cpu") if old.is_meta else old.device
 
 
 def _prefix(path: str) -> str:
@@ -292,7 +326,7 @@ def _assign(
     if leaf in owner._parameters:
         if id(tensor) not in made:
             grad = old.requires_grad and tensor.is_floating_point()
-            made[id(tensor)] = nn.Parameter(tensor, requires_grad=grad)
+            made[id(tensor)] = nn.Parameter(tensor.to(_device(old)), requires_grad=grad)
         owner._parameters[leaf] = made[id(tensor)]
     else:
-        owner._buffers[leaf] = tensor
+        owner._buffers[leaf] = tensor.to(_device(old))

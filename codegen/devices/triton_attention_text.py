@@ -16,15 +16,10 @@ the first half only, which a thread holds in registers of its own.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
-from importlib import resources
-from typing import Any
-
-import jinja2
 
 from qcompile.codegen.devices.triton_numbers import Numbers
-from qcompile.codegen.devices.triton_text import HELPERS
+from qcompile.codegen.devices.triton_text import HELPERS, template
 from qcompile.ir.kvcache import CacheLayout
 from qcompile.ir.packing import unit_columns
 
@@ -193,7 +188,7 @@ def attention_text(spec: AttentionSpec) -> AttentionText:
     body += _probabilities(layout, key) + _products(layout, value)
     said = "place(\n" + "\n".join(body)
     name = key.numbers.operand.name
-    source = _template().render(
+    source = template("attention").render(
         spec=spec,
         helpers=[text for helper, text in (HELPERS | _HELPERS).items() if f"{helper}(" in said],
         operand={"fp16": "float16", "bf16": "bfloat16"}[name],
@@ -286,9 +281,3 @@ def _piece(name: str, count: int, index: int) -> str:
 def power_of_two(count: int) -> int:
     """The next power of two."""
     return 1 << (count - 1).bit_length()
-
-
-@functools.cache
-def _template() -> Any:
-    text = resources.files("qcompile.codegen").joinpath("templates", "triton", "attention.jinja").read_text()
-    return jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False).from_string(text)

@@ -17,14 +17,12 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from importlib import resources
-from typing import Any
 
-import jinja2
 import torch
 
 from qcompile import compat
 from qcompile.codegen.devices.triton_bounds import ROUNDOFF, SMALLEST, UNIT, Expected, gamma
+from qcompile.codegen.devices.triton_text import template
 from qcompile.codegen.registry import Verdict
 from qcompile.errors import QCError
 from qcompile.ir.hadamard import check_rotation, hadamard, has_hadamard
@@ -106,7 +104,7 @@ def text_of(rotation: Rotation, panels: int) -> str:
     """A kernel's source, which defines `kernel`, for blocks of so many panels."""
     spans = [1 << level for level in range(panels.bit_length() - 1)]
     signs = ("out" if rotation.inverse else "in") if rotation.signed else ""
-    source: str = _template().render(
+    source: str = template("rotate").render(
         rotation=rotation,
         panels=panels,
         terms=rotation.terms,
@@ -115,12 +113,6 @@ def text_of(rotation: Rotation, panels: int) -> str:
         bits=8 * OUT_DTYPES[rotation.x].itemsize,
     )
     return source
-
-
-@functools.cache
-def _template() -> Any:
-    text = resources.files("qcompile.codegen").joinpath("templates", "triton", "rotate.jinja").read_text()
-    return jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False).from_string(text)
 
 
 @functools.cache  # a captured graph reads it by its address: it stays

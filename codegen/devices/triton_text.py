@@ -91,7 +91,7 @@ def kernel_text(spec: KernelSpec, decode: IntegerDecode = "subnormal") -> Text:
     sizes += [f"lde{i}" for i, (kind, _) in enumerate(spec.extras) if kind == "mat"] + ["ldy"]
     text = {"before": lines.before(), "body": lines.loop(), "after": lines.after(), "epilogue": lines.epilogue()}
     said = "\n".join(line for group in text.values() for line in group)
-    source = _template("matmul").render(
+    source = template("matmul").render(
         spec=spec,
         helpers=[text for helper, text in HELPERS.items() if f"{helper}(" in said],
         pointers=[name for name, _ in pointers],
@@ -121,7 +121,7 @@ def kernel_text(spec: KernelSpec, decode: IntegerDecode = "subnormal") -> Text:
 
 
 @functools.cache
-def _template(name: str) -> Any:
+def template(name: str) -> Any:
     """A template of `codegen/templates/triton`."""
     text = resources.files("qcompile.codegen").joinpath("templates", "triton", f"{name}.jinja").read_text()
     return jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False).from_string(text)

@@ -186,6 +186,11 @@ def unpack_codes(packed: Tensor, bits: int, n: int, k: int, packing: str = "tile
     return codes.contiguous()
 
 
+def repack_codes(packed: Tensor, bits: int, n: int, k: int, old: str, new: str) -> Tensor:
+    """Packed codes in another layout; the same tensor where both are one."""
+    return packed if old == new else pack_codes(unpack_codes(packed, bits, n, k, old), bits, new)
+
+
 def gather_codes(packed: Tensor, bits: int, k: int, rows: Tensor, packing: str = "tile16") -> Tensor:
     """Codes of some rows, uint8 `[len(rows), k]`, without unpacking the others.
 
