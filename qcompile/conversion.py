@@ -295,4 +295,6 @@ def _site(weight: torch.Tensor, owners: Sequence[_Owner]) -> Site:
         kind = "head"
     elif looked_up:
         kind = "embedding"
-    return Site(0, kind, first.path, "", first.n, first.k, None, 0, "", str(weight.dtype).removeprefix("torch."))
+    device = "gpu" if compat.writes_triton(weight.device) else "cpu"
+    dtype = str(weight.dtype).removeprefix("torch.")
+    return Site(0, kind, first.path, "", first.n, first.k, None, 0, "", dtype, device=device)

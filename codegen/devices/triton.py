@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from qcompile import compat
+from qcompile.codegen.devices.triton_decoded import can_decode, decoded
 from qcompile.codegen.devices.triton_lines import Layout, integer_sums
 from qcompile.codegen.devices.triton_numbers import Bytes, byte_operand, why_no_bytes
 from qcompile.codegen.devices.triton_text import Text, kernel_text
@@ -36,7 +37,8 @@ class Tile:
     Attributes:
         rows: of x in a tile (at least 16, a power of two). columns: of y, a multiple of 16 and a power of two.
         units: of the packing in one iteration; fewer where they do not divide K's. splits: blocks that share the sum over
-            K. stages: of the software pipeline. warps: of a block.
+            K. stages: of the software pipeline. warps: of a block. decoded: that the weight is decoded first, where that is
+            possible, and multiplied by the vendor's library.
     """
 
     rows: int = 16
@@ -45,6 +47,7 @@ class Tile:
     splits: int = 1
     stages: int = 3
     warps: int = 4
+    decoded: bool = False
 
 
 def packing(act: Scheme | None) -> Packing:
@@ -170,6 +173,14 @@ class Matmul:
         tile = fit(tile or choose_tile(spec, tuple(n), k, m, x.device), self.text.layout, k)
         for index in range(first, first + segments * self.parts, self.parts):
             operands[index] = operands[index].view(torch.int32)
+        if tile.decoded and can_decode(spec):
+            parts, extras = (
+                operands[first : first + segments * self.parts],
+                operands[first + segments * self.parts : -1],
+            )
+            matrix = x.as_strided((m, k), (ldx, 1))
+            decoded(spec)(matrix, parts, extras, operands[-1], n, sizes[segments:])
+            return
         tiles = sum(ceil_div(size, tile.columns) for size in (n[:1] if spec.paired else n)) * ceil_div(m, tile.rows)
         work = tickets = operands[-1]
         if tile.splits > 1:
@@ -229,7 +240,8 @@ def cut(spec: KernelSpec, shape: Shape, shared: int) -> Tile:
         rows = min(rows, 64)  # two accumulators, and the operands of more than two steps
     while rows > MMA and 2 * stage() > shared:
         rows //= 2
-    return Tile(rows, shape.columns, units, 1, max(1, min(shape.stages, shared // stage())), shape.warps)
+    stages = max(1, min(shape.stages, shared // stage()))
+    return Tile(rows, shape.columns, units, 1, stages, shape.warps, shape.decoded)
 
 
 @functools.lru_cache(maxsize=512)

@@ -182,6 +182,15 @@ class Exact(Lines):
             lines.append(f"{acc} += s[:, None] * p" if self.layout.mode == "sum" else f"{acc} += p")
         return lines
 
+    def decode(self) -> list[str]:
+        """The weights of KC units to memory, step by step."""
+        lines = [*self._codes("0"), *self._scales_of_unit("0")]
+        for step in range(self.numbers.steps):
+            lines += self._step(step, "0")
+            lines.append(f"k = u * {self.layout.unit} + {16 * step} + k_at")
+            lines.append("tl.store(D + row + tl.trans(k), w, mask=(row_n < N)[:, None] & tl.trans(k < K))")
+        return lines
+
     def after(self) -> list[str]:
         """One scale for a whole row meets its sum."""
         pairs = self.pairs if self.layout.mode == "row" else []

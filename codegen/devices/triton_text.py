@@ -11,7 +11,8 @@ cores take from registers, and it never passes through shared memory.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
 
@@ -87,28 +88,18 @@ def kernel_text(spec: KernelSpec, decode: IntegerDecode = "subnormal") -> Text:
     inputs = len(pointers)
     pointers += [(f"{name}{i}", kind) for i in range(spec.segments) for name, kind in parts]
     pointers += [(f"E{i}", TYPES[dtype]) for i, (_, dtype) in enumerate(spec.extras)] + [("Y", TYPES[spec.y])]
-    sizes = ["ldx", *(f"N{i}" for i in range(spec.segments))]
-    sizes += [f"lde{i}" for i, (kind, _) in enumerate(spec.extras) if kind == "mat"] + ["ldy"]
+    sizes = ["ldx", *(f"N{i}" for i in range(spec.segments)), *_strides(spec)]
     text = {"before": lines.before(), "body": lines.loop(), "after": lines.after(), "epilogue": lines.epilogue()}
-    said = "\n".join(line for group in text.values() for line in group)
     source = template("matmul").render(
-        spec=spec,
-        helpers=[text for helper, text in HELPERS.items() if f"{helper}(" in said],
+        **_places(spec, layout, lines),
+        helpers=_helpers(text),
         pointers=[name for name, _ in pointers],
         sizes=sizes,
-        operand={"fp16": "float16", "bf16": "bfloat16", "": ""}[name],
+        operand=_OPERANDS[name],
         segments=spec.segments,
         choose=[name for name, _ in parts] if spec.segments > 1 and not spec.paired else [],
-        unit=layout.unit,
-        span=layout.span,
-        group=layout.group,
-        grouped=bool(layout.group),
         mode=layout.mode,
         lanes=spec.act is None and (layout.mode == "operand" or spec.weight.scale.zero is not None),
-        nested=spec.weight.outer is not None,
-        outer_group=layout.group * layout.ratio,
-        panel_words=256 * spec.weight.format.bits // min(spec.weight.format.planes),
-        planes=lines.planes(),
         accumulators=lines.accumulators,
         sums=lines.sums,
         # The workspace is of fp32: sums of integers lie there as they are.
@@ -120,11 +111,76 @@ def kernel_text(spec: KernelSpec, decode: IntegerDecode = "subnormal") -> Text:
     return Text(source, tuple(pointers), ("M", "K", *sizes), layout, inputs)
 
 
+def decode_text(spec: KernelSpec) -> str:
+    """The kernel that writes a segment's weight in rows, `[N, K]` in the type of x: pointers D and the packed parts, then N, K
+    and the row stride of D; a block for BN rows and KC units."""
+    layout = replace(Layout.of(spec.weight), mode="operand", cell=0)
+    lines = Exact(replace(spec, segments=1, epilogue=""), layout, Numbers.of(spec.weight.format, spec.x, exact=True))
+    text = {"before": lines.before(), "body": lines.decode()}
+    return str(
+        template("decode").render(
+            **_places(spec, layout, lines),
+            **text,
+            helpers=_helpers(text),
+            pointers=["D", *(f"{name}0" for name, _ in _parts(spec.weight))],
+            operand=_OPERANDS[lines.numbers.operand.name],
+            lanes=True,
+        )
+    )
+
+
+def finish_text(spec: KernelSpec) -> str:
+    """The kernel from sums in fp32, `[M, columns of all segments]`, to the result: pointers A, extras and Y, then M, the
+    columns of Y, the row strides of A, of "mat" extras and of Y; a block for BM x BN results."""
+    layout = Layout.of(spec.weight)
+    lines = Exact(spec, layout, Numbers.of(spec.weight.format, "f16"))
+    extras = [f"E{i}" for i in range(len(spec.extras))]
+    return str(
+        template("finish").render(
+            spec=spec,
+            pointers=["A", *extras, "Y"],
+            sizes=_strides(spec),
+            accumulators=lines.accumulators,
+            epilogue=lines.epilogue(),
+        )
+    )
+
+
+_OPERANDS = {"fp16": "float16", "bf16": "bfloat16", "": ""}
+
+
+def _strides(spec: KernelSpec) -> list[str]:
+    return [f"lde{i}" for i, (kind, _) in enumerate(spec.extras) if kind == "mat"] + ["ldy"]
+
+
+def _helpers(text: Mapping[str, Sequence[str]]) -> list[str]:
+    """The device functions that lines call."""
+    said = "\n".join(line for group in text.values() for line in group)
+    return [source for name, source in HELPERS.items() if f"{name}(" in said]
+
+
+def _places(spec: KernelSpec, layout: Layout, lines: Exact | Codes) -> dict[str, Any]:
+    """Where codes and scales lie."""
+    return {
+        "spec": spec,
+        "unit": layout.unit,
+        "span": layout.span,
+        "group": layout.group,
+        "grouped": bool(layout.group),
+        "nested": spec.weight.outer is not None,
+        "outer_group": layout.group * layout.ratio,
+        "panel_words": 256 * spec.weight.format.bits // min(spec.weight.format.planes),
+        "planes": lines.planes(),
+    }
+
+
 @functools.cache
 def template(name: str) -> Any:
     """A template of `codegen/templates/triton`."""
-    text = resources.files("qcompile.codegen").joinpath("templates", "triton", f"{name}.jinja").read_text()
-    return jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False).from_string(text)
+    folder = resources.files("qcompile.codegen").joinpath("templates", "triton")
+    loader = jinja2.FunctionLoader(lambda file: folder.joinpath(file).read_text())
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False, loader=loader)
+    return environment.get_template(f"{name}.jinja")
 
 
 def _parts(weight: Scheme) -> list[tuple[str, str]]:

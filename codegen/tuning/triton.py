@@ -20,7 +20,7 @@ class Shape:
     Attributes:
         rows_up_to: the largest number of rows of x it is for, `None` for any. rows, columns: of a tile. depth: columns
             of the weight in one iteration, at least a unit of the packing. stages: of the software pipeline. warps: of
-            a block. waves: blocks per multiprocessor that K is split for.
+            a block. waves: blocks per multiprocessor that K is split for. decoded: that the weight is decoded first.
     """
 
     rows_up_to: int | None
@@ -30,6 +30,7 @@ class Shape:
     stages: int
     warps: int
     waves: int
+    decoded: bool = False
 
 
 @functools.cache

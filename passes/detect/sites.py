@@ -16,6 +16,7 @@ import torch
 from torch import fx
 from torch.utils.weak import WeakIdKeyDictionary
 
+from qcompile import compat
 from qcompile.passes.base import Pass, PassContext
 from qcompile.passes.detect.canonicalize import canonicalize
 from qcompile.passes.detect.einsum import einsum_flops
@@ -203,6 +204,11 @@ def _dtype(node: Any) -> str:
     return str(value.dtype).removeprefix("torch.") if isinstance(value, torch.Tensor) else ""
 
 
+def _device(node: Any) -> str:
+    value = value_of(node)
+    return "gpu" if isinstance(value, torch.Tensor) and compat.writes_triton(value.device) else "cpu"
+
+
 def _linear(index: int, node: fx.Node, scope: _Scope) -> Site:
     x, w = argument(node, 0, "input"), argument(node, 1, "weight")
     bias = argument(node, 2, "bias")
@@ -225,6 +231,7 @@ def _linear(index: int, node: fx.Node, scope: _Scope) -> Site:
         _dtype(w),
         bias=bias is not None,
         refused=_refusal(weight, w, node, scope) or _mixed(x, w, scope),
+        device=_device(w),
     )
     if kind == "head" and weight is not None:
         drop_packed_before(site, scope.tensors(weight), scope.ctx)
@@ -269,6 +276,7 @@ def _embedding(index: int, node: fx.Node, scope: _Scope) -> Site:
         _dtype(w),
         _dtype(w),
         refused=refused,
+        device=_device(w),
     )
 
 

@@ -42,7 +42,7 @@ from qcompile.compat.inductor import (
     inductor_options,
     inner_compile,
 )
-from qcompile.compat.jit import capturing, gpu, stream, triton_kernel, triton_version, writes_triton
+from qcompile.compat.jit import capturing, gpu, mm_float32, stream, triton_kernel, triton_version, writes_triton
 from qcompile.compat.lowering import (
     contiguous,
     cpp_binding,
@@ -101,6 +101,7 @@ __all__ = [
     "is_fake",
     "load_cpp_kernel",
     "load_operator",
+    "mm_float32",
     "placeholder_source",
     "processor",
     "profiling",

@@ -88,3 +88,10 @@ def stream(device: torch.device) -> int:
 def capturing(device: torch.device) -> bool:
     """Whether work for a device is recorded into a CUDA graph, and not run."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def mm_float32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """A product of 16-bit floats, its sums in fp32."""
+    if a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()

@@ -24,7 +24,7 @@ from qcompile.ir.granularity import PerGroup, PerToken
 from qcompile.ir.noise import ratio_db
 from qcompile.ir.scheme import Scheme
 from qcompile.plan.recipe_json import FIELDS, FILE, KEYS, VERSION, checked, plain, read, shown
-from qcompile.plan.site import KINDS, Site
+from qcompile.plan.site import DEVICES, KINDS, Site
 
 _MATMULS = ("linear", "head", "bmm")
 _WEIGHTS = (*_MATMULS, "embedding")
@@ -45,6 +45,7 @@ class Rule:
         min_sqnr: apply only where `weight` keeps at least this signal-to-noise ratio (dB) on this very weight, with
             scales that span its range; otherwise the next rules are tried.
         fit: how the weight's scales are chosen: "minmax" spans its range, "mse" searches for the smallest squared error.
+        device: "cpu" or "gpu"; "" for both.
     """
 
     weight: Scheme | None
@@ -54,6 +55,7 @@ class Rule:
     min_weights: int = 0
     min_sqnr: float = -math.inf
     fit: str = "minmax"
+    device: str = ""
 
     def __post_init__(self) -> None:
         for name in FIELDS:
@@ -72,6 +74,12 @@ class Rule:
             raise QCError("recipe.fit", f"unknown fit {self.fit!r}{found}", next=f"use {', '.join(FITS)}")
         if weight is not None and (why := why_unfit(self.fit, weight)):
             raise QCError("recipe.fit", f"no fit {self.fit!r} for {weight}", why=why, next="use fit='minmax'")
+        if self.device not in ("", *DEVICES):
+            raise QCError(
+                "recipe.device",
+                f"unknown device {self.device!r}{suggest(self.device, DEVICES)}",
+                next=f"use {' or '.join(map(repr, DEVICES))}, or leave it out",
+            )
         for kind in self.kind or ("",):
             if kind not in _WEIGHTS:
                 known = kind in KINDS
@@ -86,7 +94,8 @@ class Rule:
 
     def selects(self, site: Site) -> bool:
         """Whether the matchers hold (the weight itself is not looked at)."""
-        return site.kind in self.kind and site.weights >= self.min_weights and fnmatch.fnmatchcase(site.path, self.path)
+        here = self.device in ("", site.device) and site.kind in self.kind
+        return here and site.weights >= self.min_weights and fnmatch.fnmatchcase(site.path, self.path)
 
     def hint(self, paths: Iterable[str]) -> str:
         """What may be wrong with the glob of a rule that selected none of the weights at `paths`: "; did you mean ...?",
@@ -357,6 +366,8 @@ def _linear(weight: str, act: str = "", **more: Any) -> Rule:
 _INT8, _INT4 = "int8/g64:fp16", "uint4/g32:fp16+m"
 # One outlier in a row of activations would cost all of its other values their resolution; in a group it costs 31.
 _ACT8 = "int8/g32:fp32"
+# Kernels of GPUs have no sums of 32: there a row of activations has one scale, and 8-bit weights have one for a row.
+_ROW8, _TOKEN8 = "int8/axis0:fp32", "int8/token:fp32"
 # Embeddings and the head, where small errors hurt most, stay at 8 bits.
 _TABLES = Rule(Scheme.parse(_INT8), kind=("embedding", "head"))
 _RULES = {
@@ -365,8 +376,8 @@ _RULES = {
     "int8": (_linear(_INT8),),
     "int4": (_linear(_INT4, fit="mse"),),
     "nf4": (_linear("nf4/g64:fp16"),),
-    "w8a8": (_linear(_INT8, _ACT8),),
-    "w4a8": (_linear(_INT4, _ACT8, fit="mse"),),
+    "w8a8": (_linear(_ROW8, _TOKEN8, device="gpu"), _linear(_INT8, _ACT8)),
+    "w4a8": (_linear("int4/g128:fp16", _TOKEN8, fit="mse", device="gpu"), _linear(_INT4, _ACT8, fit="mse")),
 }
 PRESETS: Mapping[str, Recipe] = {name: Recipe((_TABLES, *rules), name) for name, rules in _RULES.items()} | {
     "none": Recipe((), "none")

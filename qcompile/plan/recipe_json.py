@@ -76,6 +76,7 @@ FIELDS: Mapping[str, tuple[Callable[[object], Any], str]] = {
     "min_weights": (_count, "a whole number, 0 or more"),
     "min_sqnr": (_decibels, "a number of decibels such as 30.0, or 'inf' for weights that are exact"),
     "fit": (_text, " or ".join(map(repr, FITS))),
+    "device": (_text, "'cpu' or 'gpu', or '' for both"),
 }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+DEVICES = ("cpu", "gpu")
 KINDS = ("linear", "head", "embedding", "bmm", "conv", "attention", "other")
 
 
@@ -30,6 +31,7 @@ class Site:
         batch: number of stacked weights (1 for a plain linear).
         bias: whether a bias is added.
         refused: why no scheme can apply here ("" when one can).
+        device: "cpu" or "gpu", by who writes the kernels.
     """
 
     index: int
@@ -45,6 +47,7 @@ class Site:
     batch: int = 1
     bias: bool = False
     refused: str = ""
+    device: str = "cpu"
 
     @property
     def weights(self) -> int:

@@ -292,6 +292,48 @@ def test_every_tile_gives_the_same_to_the_bit_without_splits(scheme: str) -> Non
     assert torch.equal(*split)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+@settings(max_examples=4, deadline=None, derandomize=True)
+@given(
+    x=st.sampled_from(["f16", "bf16"]),
+    m=st.integers(1, 20),
+    n=st.integers(1, 70),
+    k=st.integers(1, 70) | st.sampled_from([130, 600]),
+    seed=st.integers(0, 9),
+)
+def test_product_with_a_decoded_weight(scheme: str, x: str, m: int, n: int, k: int, seed: int) -> None:
+    spec = spec_of(scheme, x)
+    parts = quantize(weight(n, k, seed), spec.weight)
+    torch.manual_seed(seed)
+    values = torch.randn(m, k + 3).to(OUT_DTYPES[x])[:, :k]
+    y = run(spec, values, parts, [], [n], k, Tile(decoded=True))
+    want = expected(spec, values, parts, n, k, rounded=True)
+    assert ((y.double() - want.value).abs() <= allowed(want.value, want.bound, x)).all()
+
+
+def test_the_end_of_a_product_with_a_decoded_weight() -> None:
+    """Segments, extras and a pair give what the fused kernel gives, but for the roundings of the weight."""
+    n, k, m = (21, 40, 3), 260, 19
+    torch.manual_seed(1)
+    x = torch.randn(m, k).bfloat16()
+    parts = [quantize(weight(size, k, i), Scheme.parse("int4/g128:fp16@mma16")) for i, size in enumerate(n)]
+    extras = [torch.randn(sum(n)), torch.randn(m, sum(n) + 3).bfloat16()[:, : sum(n)]]
+    more = {"segments": 3, "epilogue": "acc*0.5+e0-e1", "extras": (("row", "f32"), ("mat", "bf16"))}
+    spec = spec_of("int4/g128:fp16", "bf16", **more)
+    y = run(spec, x, [p for part in parts for p in part], extras, n, k, Tile(decoded=True))
+    each = [expected(spec, x, part, size, k, rounded=True) for part, size in zip(parts, n, strict=True)]
+    acc, bound = torch.cat([e.value for e in each], 1), torch.cat([e.bound for e in each], 1)
+    want = acc * 0.5 + extras[0].double() - extras[1].double()
+    bound = bound + 3 * 2.0**-24 * (acc.abs() + extras[0].abs() + extras[1].double().abs() + bound)
+    assert ((y.double() - want).abs() <= allowed(want, bound, "bf16")).all()
+    paired = spec_of("int4/g128:fp16", "bf16", y="f32", segments=2, epilogue="maximum(a0,a1)")
+    both = [p for part in (parts[0], quantize(weight(21, k, 5), spec.weight)) for p in part]
+    one, other = (expected(paired, x, both[i : i + 2], 21, k, rounded=True) for i in (0, 2))
+    y = run(paired, x, both, [], [21, 21], k, Tile(decoded=True))
+    want, bound = torch.maximum(one.value, other.value), torch.maximum(one.bound, other.bound)
+    assert ((y.double() - want).abs() <= allowed(want, bound, "f32")).all()
+
+
 def test_no_rows() -> None:
     spec = spec_of("int4/g128:fp16")
     y = run(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from qcompile import QCError, convert, explain, load, save
 from qcompile.backend import watching
+from qcompile.codegen import inductor
 from qcompile.packed import PackedWeight, packed_weights
 from tests.e2e.models import TinyLM
 from tests.e2e.support import FLOAT, RECIPE, compiled, decoded, encodes_during, fp32_step, noise_bound
@@ -386,3 +387,22 @@ def test_inference_mode_makes_ordinary_tensors(tmp_path: Path) -> None:
         model.embed.weight = torch.randn(128, 64)
     assert not any(buffer.is_inference() for m in (model, loaded) for buffer in m.buffers())
     model.load_state_dict(loaded.state_dict())
+
+
+def test_moving_a_model_lays_its_codes_out_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device is stood in for by copies: whatever is moved has another layout afterwards."""
+    table = nn.Embedding(40, 64)
+    model = nn.Sequential(table, nn.Linear(64, 40, bias=False))
+    model[1].weight = table.weight
+    convert(model, "int4/g32:fp16")
+    values, state = model[1].weight.clone(), {k: v.clone() for k, v in model.state_dict().items()}
+    monkeypatch.setattr(inductor, "packing", lambda device, act: "mma16")
+    model._apply(torch.clone)
+    parts = [item.parametrizations.weight for item in model]
+    assert "mma16" in parts[0][0].scheme
+    assert parts[0].original0 is parts[1].original0  # still tied
+    assert torch.equal(model[1].weight, values)
+    model[1].weight = torch.zeros(40, 64)
+    model.load_state_dict(state)  # of the other layout
+    assert torch.equal(model[1].weight, values)
+    assert torch.equal(model[0].weight, values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ pytest.importorskip("triton", reason="triton is not installed: torch's builds fo
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
-from qcompile import Recipe, Rule, explain
+from qcompile import Recipe, Rule, convert, explain, load, save
 from qcompile.backend import watching
 from qcompile.codegen.devices.triton_bounds import ROUNDOFF
 from qcompile.ir.matmul import DTYPE_NAMES
@@ -135,6 +136,47 @@ def test_one_graph_serves_every_number_of_rows() -> None:
         x = torch.randn(rows, 128, dtype=torch.bfloat16)
         assert close(call(x), model, x, "int4/g128:fp16")
     assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize(("recipe", "act"), [("w8a8", "int8/token:fp32"), ("w4a8", "int8/token:fp32"), ("int4", "")])
+def test_presets_have_kernels(recipe: str, act: str) -> None:
+    report = explain(gated(torch.bfloat16), torch.randn(2, 128, dtype=torch.bfloat16), recipe=recipe)
+    assert {row.kernel for row in report.rows} == {"cpu-triton"}
+    assert {row.scheme.partition(" x ")[2] for row in report.rows} == {act}
+    assert report.coverage == 1.0
+
+
+@pytest.mark.parametrize("recipe", ["int4", "w8a8"])
+def test_converted_models_run_the_same_kernels(recipe: str, tmp_path: Path) -> None:
+    """What was converted for a GPU is packed as its kernels read it, files hold no device's layout, and what is loaded from
+    them here is laid out again."""
+    model, x = gated(torch.bfloat16), torch.randn(4, 128, dtype=torch.bfloat16)
+    want = compiled(copy.deepcopy(model), recipe)(x)
+    convert(model, recipe)
+    report = explain(model, x, recipe=recipe)
+    assert {row.kernel for row in report.rows} == {"cpu-triton"}
+    assert torch.equal(compiled(model, recipe)(x), want)
+    save(model, tmp_path)
+    assert "mma" not in (tmp_path / "qcompile.json").read_text()
+    again = load(gated(torch.bfloat16), tmp_path)
+    assert torch.equal(again.down.parametrizations.weight.original0, model.down.parametrizations.weight.original0)
+    assert torch.equal(compiled(again, recipe)(x), want)
+
+
+@pytest.mark.parametrize("scheme", ["int8/g64:fp16", "uint4/g32:fp16+m", "e3m2/g32:e8m0", "nf4/g64:fp16"])
+def test_a_lookup_is_one_kernel_with_what_follows(scheme: str) -> None:
+    """Codes are gathered, decoded, normalized and scaled in one kernel of Inductor's; ids are checked where it reads."""
+    table = nn.Embedding(50, 128)
+
+    def lookup(ids: Tensor) -> Tensor:
+        return F.layer_norm(table(ids), (128,)) * 2
+
+    ids = torch.tensor([[0, 49, 7], [7, 16, 33]])
+    out, (code,) = run_and_get_code(compiled(lookup, scheme), ids)
+    assert len(launches(code.partition("def call(")[2].partition("return")[0])) == 1
+    want = F.layer_norm(decoded(copy.deepcopy(table).double(), scheme)(ids), (128,)) * 2
+    # Values are exact but for their rounding to fp32; the norm of 128 rounds fewer than 300 times.
+    assert (out.double() - want).abs().max() <= 300 * 2.0**-23 * want.abs().max()
 
 
 def test_the_ledger_names_the_kernels() -> None:
