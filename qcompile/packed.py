@@ -184,28 +184,33 @@ class PackedParts(parametrize.ParametrizationList):
             if moved is bits:
                 return part
             # Tied weights stay tied: another module may have moved this very tensor just now.
+            known: Callable[[], torch.Tensor | None]
             known, versions = _MOVED.get(part, (lambda: None, ()))
             before = known()
-            if before is not None and before.device == moved.device and versions == (part._version, before._version):
+            if before is not None and before.device == moved.device and versions == (_version(part), _version(before)):
                 return before
             made = moved.view(part.dtype)
             if part is codes:
-                made = item.laid_out(made, item.layout_on(made.device))
-            _MOVED[part] = (weakref.ref(made), (part._version, made._version))
+                made = weight.laid_out(made, weight.layout_on(made.device))
+            _MOVED[part] = (weakref.ref(made), (_version(part), _version(made)))
             return made
 
-        item = self._weight
+        weight = self._weight
         super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
         device = cast("torch.Tensor", self._buffers["original0"]).device
-        item.scheme = str(replace(Scheme.parse(item.scheme), packing=item.layout_on(device)))
+        weight.scheme = str(replace(Scheme.parse(weight.scheme), packing=weight.layout_on(device)))
         return self
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def _text(state: torch.Tensor) -> str:
     return bytes(state.tolist()).decode(errors="replace")
 
 
-_MOVED = WeakIdKeyDictionary()  # tensors of packed weights: what they were last moved to, and versions of both
+_MOVED: Any = WeakIdKeyDictionary()  # tensors of packed weights: what they were last moved to, and versions of both
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
