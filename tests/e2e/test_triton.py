@@ -106,8 +106,8 @@ def test_schemes(scheme: str) -> None:
 )
 def test_activations_are_quantized_where_they_are_made(scheme: str, act: str, step: float) -> None:
     """The norm's kernel also writes codes; gelu's and the gate's results become codes in one kernel each; sums, or codes, of
-    the two groups of the last input take another. Rounding moves an input of a linear by half a step of 127, or by half a unit of
-    three bits."""
+    the two groups of the last input take another. Rounding moves an input of a linear by half a step of 127, or by half a
+    unit of three bits."""
     model, x = gated(torch.bfloat16), torch.randn(7, 128, dtype=torch.bfloat16)
     recipe = Recipe((Rule(scheme, act=act),))
     out, (code,) = run_and_get_code(compiled(model, recipe), x)
