@@ -220,18 +220,21 @@ def choose_tile(spec: KernelSpec, n: tuple[int, ...], k: int, m: int, device: to
     """How to cut a product, from its sizes and the shipped table."""
     gpu = compat.gpu(device)
     shape = shape_for(gpu.architecture, family(spec), m)
-    tile = cut(spec, shape, gpu.shared)
+    tile = cut(spec, shape, gpu.shared, gpu.architecture)
     tiles = sum(ceil_div(size, tile.columns) for size in (n[:1] if spec.paired else n)) * ceil_div(m, tile.rows)
     # Enough blocks for every multiprocessor, each with at least four iterations.
     wanted, most = shape.waves * gpu.processors // tiles, ceil_div(k, text_of(spec).layout.unit * tile.units) // 4
     return replace(tile, splits=1 << max(0, min(wanted, most, 16).bit_length() - 1))
 
 
-def cut(spec: KernelSpec, shape: Shape, shared: int) -> Tile:
+def cut(spec: KernelSpec, shape: Shape, shared: int, architecture: str = "") -> Tile:
     """The tile of a line of the table, with fewer stages or rows where `shared` bytes or the registers do not hold them."""
     layout, element = text_of(spec).layout, 1 if spec.act is not None else OUT_DTYPES[spec.x].itemsize
     units, rows = max(1, shape.depth // layout.unit), shape.rows
     codes = shape.columns * spec.weight.format.bits // 8 * (spec.segments if spec.paired else 1)
+
+    if architecture.startswith("sm_10"):  # its tensor cores do not read registers: the decoded operand lies there too
+        shared -= shape.columns * units * layout.unit * element
 
     def stage() -> int:
         return units * layout.unit * (rows * element + codes)

@@ -75,7 +75,7 @@ def spec_of(scheme: str, act: str = "", dtype: str = "bf16") -> KernelSpec:
 def tile_of(target: str, spec: KernelSpec, line: int, splits: int = 1) -> Tile:
     """A line of the shipped table, for a long K."""
     layout, shared = text_of(spec).layout, TARGETS[target].shared_limit if target else 65536
-    tile = cut(spec, shapes(target, family(spec))[line], shared)
+    tile = cut(spec, shapes(target, family(spec))[line], shared, target)
     return fit(replace(tile, splits=splits), layout, layout.unit * 4096)
 
 
