@@ -7,7 +7,8 @@ and Pranesh, Numerical behavior of NVIDIA tensor cores, 2021, section 4); the in
 * Operands. Integer codes less a zero point, and the levels of a float format, are exact in 16 bits (at most 8 significant
   ones), also between the multiplication and the subtraction. Entries of a table are rounded once. In mode "operand" the
   scale is rounded, then its product with the number, then (with a minimum, itself rounded) the sum; for activations of fp32
-  all that is rounded to fp32.
+  all that is rounded to fp32. Where sums are folded (see `triton_floats.fold`) product and sum are one rounding, and what is
+  added in place of an offset is exact, so these bounds hold as well; numbers are as much nearer to the subnormal ones.
 * Products of two 16-bit floats are exact in fp32 (at most 22 bits), those of fp32 are rounded.
 * Bytes: sums of integers are exact. Four roundings per cell (to a float, times two scales, into the sum) and those at the
   end: the scales of rows, splits. Sums of e4m3 are sums of floats: products are exact, one rounding per k, and as many of
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 
 import torch
 
+from qcompile.codegen.devices.triton_floats import fold
 from qcompile.codegen.devices.triton_lines import Layout
 from qcompile.codegen.devices.triton_numbers import Numbers, byte_operand
 from qcompile.codegen.spec import KernelSpec
@@ -102,6 +104,7 @@ def terms(spec: KernelSpec, parts: Sequence[torch.Tensor], n: int, k: int, round
     error = of_table * s
     if rounded:
         error = error + (number.abs() + of_table) * (s * unit + tiny * 2.0**-numbers.unit)
+        tiny *= 2.0 ** (fold(weight, Layout.of(weight), numbers) or 0)
         error = error + (size + error) * unit + tiny
         size = size + error
         if "mins" in named:
@@ -136,7 +139,8 @@ def expected(
         roundings = sums + 4 * (k // (layout.cell or k) + 1) + 8
     # Sums below the normal numbers: one error of the smallest number for each rounding, with the row's scale where it waits.
     waiting = weight.size.amax(1) / weight.value.abs().clamp_min(2.0**-149).amax(1).clamp_min(1) + 1
-    tiny = 2.0**-126 * roundings * (1 + waiting)
+    numbers = Numbers.of(spec.weight.format, spec.x if spec.x != "f32" else "f16", exact=layout.mode == "operand")
+    tiny = 2.0 ** (-126 + (fold(spec.weight, layout, numbers) or 0)) * roundings * (1 + waiting)
     return Expected(
         wide @ weight.value.T,
         wide.abs() @ weight.error.T

@@ -1,7 +1,7 @@
 """The lines of a Triton matmul that its formats decide: loads of codes, their way to operands, scales, the end.
 
-`Exact` multiplies floats: the activation as it is, codes decoded to 16-bit operands. `Codes` multiplies bytes: activations
-that were quantized before, codes of integer formats as they are, sums in int32.
+What both kinds of kernels share, and `Codes`, which multiplies bytes: activations that were quantized before, codes of
+integer formats as they are, sums in int32. `triton_floats.Exact` multiplies floats.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qcompile.codegen.devices.triton_epilogue import block_expression
-from qcompile.codegen.devices.triton_numbers import ByteOperand, Bytes, Numbers
+from qcompile.codegen.devices.triton_numbers import ByteOperand, Bytes
 from qcompile.codegen.spec import KernelSpec
 from qcompile.ir.formats import FORMATS, ScaleFormat
 from qcompile.ir.granularity import Nested, PerBlock, PerGroup
@@ -135,131 +135,17 @@ class Lines:
                 lines.append(f"q{plane['index']}_{j} = tl.load(W{i} + {at})")
         return lines
 
-    def _scale(self, i: str, rows: str, group: str) -> str:
-        """Text of fp32 scales. `rows`: "s" (of a tile) or "o" (of what a lane holds)."""
-        weight = self.weight
-        value = scale_value(f"tl.load(S{i} + {_at(rows, '', group)})", weight.scale.format)
+    def _scale(self, i: str, rows: str, group: str, base: str = "") -> str:
+        """Text of fp32 scales. `rows`: "s" (of a tile) or "o" (of what a lane holds); `base`: added to the group."""
+        weight, ratio = self.weight, self.layout.ratio
+        value = scale_value(f"tl.load(S{i} + {address(rows, '', group, base)})", weight.scale.format)
         if weight.outer is not None:
-            outer = f"{group} // {self.layout.ratio}" if group and self.layout.ratio > 1 else group
-            outer = outer if self.layout.ratio else ""
-            value += " * " + scale_value(f"tl.load(O{i} + {_at(rows, '_outer', outer)})", weight.outer.format)
+            if group and ratio > 1:
+                at = address(rows, "_outer", f"(({group} + {base}) // {ratio})" if base else f"({group} // {ratio})")
+            else:
+                at = address(rows, "_outer", *((group, base) if ratio else ("",)))
+            value += " * " + scale_value(f"tl.load(O{i} + {at})", weight.outer.format)
         return value
-
-
-class Exact(Lines):
-    """Floats: the activation as it is, and decoded codes."""
-
-    def __init__(self, spec: KernelSpec, layout: Layout, numbers: Numbers) -> None:
-        super().__init__(spec, layout)
-        self.numbers = numbers
-        self.wide = spec.x == "f32"  # operands are exact in 16 bits, what is multiplied with them has 32
-        self.both = "wide" if self.wide else "twice"
-
-    def before(self) -> list[str]:
-        """What all columns share."""
-        lines = []
-        for i in self.names if not self.layout.group else []:
-            if self.layout.mode == "operand":
-                lines += self._operands(i, "")
-            elif self.weight.scale.zero == "z":
-                lines.append(self._zero_point(i, ""))
-        return lines
-
-    def loop(self) -> list[str]:
-        """One iteration: KC units."""
-        lines, exact = [], ', input_precision="ieee"' if self.wide else ""
-        for step in range(self.numbers.steps):
-            lines.append(f"k = u * {self.layout.unit} + {16 * step} + k_at")
-            at = "X + x_at + k"
-            lines.append(f"x{step} = tl.load({at}) if EVEN else tl.load({at}, mask=k < K, other=0.0)")
-        for i, acc in self.pairs:
-            lines += self._codes(i)
-            lines += self._scales_of_unit(i)
-            for step in range(self.numbers.steps):
-                lines += self._step(step, i)
-                product = f"tl.dot(w, x{step}{exact})"
-                lines.append(f"p = {product}" if step == 0 else f"p += {product}")
-            lines.append(f"{acc} += s[:, None] * p" if self.layout.mode == "sum" else f"{acc} += p")
-        return lines
-
-    def decode(self) -> list[str]:
-        """The weights of KC units to memory, step by step."""
-        lines = [*self._codes("0"), *self._scales_of_unit("0")]
-        for step in range(self.numbers.steps):
-            lines += self._step(step, "0")
-            lines.append(f"k = u * {self.layout.unit} + {16 * step} + k_at")
-            lines.append("tl.store(D + row + tl.trans(k), w, mask=(row_n < N)[:, None] & tl.trans(k < K))")
-        return lines
-
-    def after(self) -> list[str]:
-        """One scale for a whole row meets its sum."""
-        pairs = self.pairs if self.layout.mode == "row" else []
-        return [f"{acc} = {acc} * ({self._scaled(i, 's', '')})[:, None]" for i, acc in pairs]
-
-    def _scales_of_unit(self, i: str) -> list[str]:
-        layout = self.layout
-        if layout.mode == "sum":
-            lines = [f"g = u * {layout.unit} // {layout.group}", f"s = {self._scaled(i, 's', 'g')}"]
-            return lines + ([self._zero_point(i, "g")] if self.weight.scale.zero == "z" else [])
-        if layout.group and layout.group % layout.span == 0:
-            return self._group_of_word(i, "")
-        return []
-
-    def _group_of_word(self, i: str, offset: str) -> list[str]:
-        layout = self.layout
-        column = f"(u + unit) * {layout.unit} + word * {layout.span}{offset}"
-        return [f"g = tl.minimum(({column}) // {layout.group}, groups - 1)", *self._operands(i, "g")]
-
-    def _step(self, step: int, i: str) -> list[str]:
-        """The operand w of a step, `[BN, KC * 64]`."""
-        numbers, lines = self.numbers, []
-        if self.layout.group and self.layout.mode == "operand" and self.layout.group % self.layout.span:
-            lines += self._group_of_word(i, f" + {16 * step}")
-        first, second = numbers.words(step)
-        if numbers.kind == "table":
-            lines += [
-                f"c = tl.join({first}, {second})",
-                "c = tl.join(c & 0xFFFF, (c >> 16) & 0xFFFF)",
-                f"w = {numbers.table('c')}",
-                *([] if self.wide else ["w = w.to(DT)"]),
-            ]
-        else:
-            lines.append(f"w = halves(tl.join({first}, {second}), DT)")
-            lines += self._number(step)
-            lines += ["w = w.to(tl.float32)"] if self.wide else []
-        if self.layout.mode == "operand":
-            lines.append("w = w * s + z" if self.weight.scale.zero == "m" else "w = w * s")
-        lines.append("w = tl.reshape(w, (KC, 2, PANELS, 8, 4, 4, 2, 2))")
-        lines.append("w = tl.reshape(tl.permute(w, (2, 1, 3, 0, 5, 6, 4, 7)), (BN, KC * 64))")
-        return lines
-
-    def _number(self, step: int) -> list[str]:
-        """Bits to the number they stand for: one exact multiply-add, or less."""
-        factor, constant = self.numbers.multiplier(step), self.numbers.constant(step)
-        number = "w" if factor == 1.0 else f"w * {factor!r}"
-        if self.weight.scale.zero == "z":
-            number += f" - (z + {-constant!r})" if constant else " - z"
-        elif constant:
-            number += f" - {-constant!r}"
-        return [f"w = {number}"] if number != "w" else []
-
-    def _operands(self, i: str, group: str) -> list[str]:
-        """Scale and zero point or minimum of what a lane holds, as operands."""
-        lines = [f"s = {self.both}({self._scaled(i, 'o', group)}, DT)"]
-        if self.weight.scale.zero == "m":
-            minimum = scale_value(f"tl.load(Z{i} + {_at('o', '', group)})", self.weight.scale.format)
-            lines.append(f"z = {self.both}({minimum}, DT)")
-        elif self.weight.scale.zero == "z":
-            lines.append(self._zero_point(i, group))
-        return lines
-
-    def _zero_point(self, i: str, group: str) -> str:
-        unit = f" * {2.0**-self.numbers.unit!r}" if self.numbers.unit else ""
-        return f"z = twice(tl.load(Z{i} + {_at('o', '', group)}).to(tl.float32){unit}, DT)"
-
-    def _scaled(self, i: str, rows: str, group: str) -> str:
-        """Scales that bring sums, or operands, to the numbers' own unit."""
-        return self._scale(i, rows, group) + (f" * {2.0**self.numbers.unit!r}" if self.numbers.unit else "")
 
 
 class Codes(Lines):
@@ -346,7 +232,7 @@ class Codes(Lines):
         if self.corrected:
             zero = f"{offset!r}"
             if self.weight.scale.zero == "z":
-                zero = f"({zero} - tl.load(Z{i} + {_at('s', '', group)}).to(tl.{kind}))[:, None]"
+                zero = f"({zero} - tl.load(Z{i} + {address('s', '', group)}).to(tl.{kind}))[:, None]"
             total = f"{total} + {zero} * xs[None, :]"
         return f"({total})" + (".to(tl.float32)" if self.integers else "")
 
@@ -357,5 +243,7 @@ def integer_sums(operand: ByteOperand, layout: Layout) -> bool:
     return operand == "i8" and not 0 < layout.cell <= 256
 
 
-def _at(rows: str, kind: str, group: str) -> str:
-    return f"{rows}{kind or '_at'}" + (f" + {group} * 16" if group else "")
+def address(rows: str, kind: str, group: str, base: str = "") -> str:
+    """Text of where scales lie; `base` is added to the pointer on its own, as it is the same for all of them."""
+    at = f"{rows}{kind or '_at'}" + (f" + {group} * 16" if group else "")
+    return at + (f" + {base} * 16" if base else "")

@@ -7,15 +7,16 @@ of the instruction wants as 16-bit floats. So a few ANDs and shifts turn a word 
   in bf16), and one exact multiply-add gives v - z in a common unit ("subnormal"); or, with the exponent of 1024 (fp16) or
   128 (bf16) put above it, the number 1024 + v 2^t, and the same multiply-add gives v - z ("magic");
 * a float's magnitude, moved to the end of the wider format's exponent field, is the same number times a power of two;
-* a table's entries are chosen by the bits of the code.
+* a table's entries are chosen by the bits of the code, on NVIDIA by its permutations of bytes: see `triton_instructions`.
 
 Nothing here names a format: an entry of `FORMATS` is enough.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -81,9 +82,9 @@ class Numbers:
             decode: how integers are read where both ways work; codes of 8 bits have no room under bf16's magic.
         """
         operand = OPERANDS[dtype]
-        affine = _affine(fmt)
-        if affine is not None:
-            factor, offset = affine
+        found = affine(fmt)
+        if found is not None:
+            factor, offset = found
             fits = fmt.bits <= operand.mantissa
             # fp16 cannot multiply by 2^24: in its subnormal numbers the unit stays, and a scale of the operand may overflow.
             wanted: IntegerDecode = "magic" if exact and operand.name == "fp16" else decode
@@ -112,6 +113,13 @@ class Numbers:
             return self.factor * 2.0**-place
         return self.factor * 2.0 ** (-self.operand.smallest - self.unit - place)
 
+    def power(self, step: int) -> int:
+        """The bits of a step, read as a float, are the number divided by 2 to this power, but for an integer's offset.
+
+        For floats, and for subnormal integers whose factor is a power of two.
+        """
+        return round(math.log2(self.multiplier(step))) + self.unit
+
     def constant(self, step: int) -> float:
         """What is added after the multiplication when the zero point is 0, in the operand's unit."""
         hidden = 0.0
@@ -124,7 +132,7 @@ class Numbers:
         first, second = (" | ".join(self._moves(step, i1)) for i1 in (0, 1))
         if self.kind == "int" and self.decode == "magic":
             exponent = (self.operand.bias + self.operand.mantissa) << self.operand.mantissa
-            first, second = (f"{text} | {_both(exponent)}" for text in (first, second))
+            first, second = (f"{text} | {both(exponent)}" for text in (first, second))
         return first, second
 
     def table(self, code: str) -> str:
@@ -141,7 +149,7 @@ class Numbers:
     def _place(self, step: int) -> int:
         """The bit of a half where an integer's lowest bit is left or put."""
         width = self.fmt.planes[0]
-        place = step % (8 // width) * width
+        place = step % (8 // width) * width if self.fmt.planes != _TRIPLES else 4 * (step % 4 // 2)
         room = self.operand.mantissa + (self.decode == "subnormal")
         # Magic adds factor * 2^(mantissa - place), which must have no more than mantissa + 1 bits with the offset in it.
         least = self.factor.bit_length() - 1 if self.decode == "magic" else 0
@@ -162,9 +170,30 @@ class Numbers:
 
     def _moves(self, step: int, i1: int) -> Iterator[str]:
         """Terms of the OR that collects the bits of a code, each a shifted and masked word of a plane."""
-        for run in self._target(step):
+        if self.kind == "int" and self.fmt.planes == _TRIPLES:
+            right = 8 * i1 + 4 * (step % 4 // 2) - self._place(step)
+            yield f"({_shifted(_triples(step), right)} & {both(7 << self._place(step))})"
+            return
+        runs = list(self._target(step))
+        if copies := self._copies(step, runs):
+            place, factor = copies
+            kept = sum(((1 << count) - 1) << target for _, target, count in runs)
+            code = f"({_shifted('q0_0', 8 * i1)} & {both(((1 << self.fmt.bits) - 1) << place)})"
+            yield f"({code} * {factor} & {both(kept)})"
+            return
+        for run in runs:
             for word, source, target, mask in _moved(self.fmt, step, run):
-                yield f"({_shifted(word, source + 8 * i1 - target)} & {_both(mask)})"
+                yield f"({_shifted(word, source + 8 * i1 - target)} & {both(mask)})"
+
+    def _copies(self, step: int, runs: Sequence[Run]) -> tuple[int, int] | None:
+        """Where the code lies in a byte and what it is multiplied by, to have all its bits wherever a run needs some of
+        them; `None` where copies would meet. A product is done by other units than ANDs and shifts are."""
+        bits, place = self.fmt.bits, step * self.fmt.bits
+        shifts = sorted(target - first for first, target, _ in runs)
+        apart = all(b - a >= bits for a, b in itertools.pairwise(shifts))
+        if len(shifts) < 2 or self.fmt.planes != (4,) or not apart or shifts[0] < place or shifts[-1] + bits > 16:
+            return None
+        return place, sum(1 << (shift - place) for shift in shifts)
 
 
 @dataclass(frozen=True)
@@ -189,10 +218,10 @@ class Bytes:
         """Raises `ValueError` for a format without numbers of this kind; see `why_no_bytes`."""
         if why := why_no_bytes(fmt, operand):
             raise ValueError(why)
-        affine = _affine(fmt)
-        if affine is None:
+        found = affine(fmt)
+        if found is None:
             return Bytes(fmt, operand, 2.0 ** (_E4M3.bias - fmt.bias), 0)
-        factor, offset = affine
+        factor, offset = found
         if operand == "e4m3":
             return Bytes(fmt, operand, factor * 2.0**_INTEGER, offset)
         return Bytes(fmt, operand, factor, offset + 128 if fmt.bits == 8 else offset)
@@ -215,7 +244,7 @@ class Bytes:
     def _target(self) -> Iterator[Run]:
         """The runs of bits that make a byte."""
         fmt = self.fmt
-        if _affine(fmt) is not None:
+        if affine(fmt) is not None:
             yield 0, 0, fmt.bits
         else:
             yield 0, _E4M3.mantissa - fmt.mantissa, fmt.exponent + fmt.mantissa
@@ -239,16 +268,16 @@ def byte_operand(act: Scheme) -> ByteOperand:
 
 def why_no_bytes(fmt: Format, operand: ByteOperand) -> str:
     """Why numbers of a format are no bytes of this kind, "" when they are."""
-    affine = _affine(fmt) is not None
+    found = affine(fmt) is not None
     if operand == "i8":
-        return "" if affine else f"{fmt.name} is no integer format"
-    if affine:
+        return "" if found else f"{fmt.name} is no integer format"
+    if found:
         return "" if fmt.bits <= 4 else f"{fmt.name} has more bits than the 4 of an integer in e4m3"
     inside = fmt.kind == "float" and fmt.signed and fmt.exponent <= _E4M3.exponent and fmt.mantissa <= _E4M3.mantissa
     return "" if inside else f"{fmt.name} is not inside e4m3"
 
 
-def _affine(fmt: Format) -> tuple[int, int] | None:
+def affine(fmt: Format) -> tuple[int, int] | None:
     """(a, b) with value = a code + b for every code that is ever stored, `None` when there is none."""
     if fmt.kind == "int":
         return 1, -fmt.offset
@@ -274,13 +303,25 @@ def _moved(fmt: Format, step: int, run: Run) -> Iterator[tuple[str, int, int, in
         low += width
 
 
+_TRIPLES = (2, 1)  # planes of 3 bits
+
+
+def _triples(step: int) -> str:
+    """Text of words of 4-bit fields with the codes of steps `step` and `step + 2` (or `- 2`): two bits of a plane and one of
+    the other, which a product brings from both places to where they belong. It carries nothing into bits that are kept."""
+    half, odd = step // 4, step % 2
+    low, high = _shifted(f"q0_{half}", 2 * odd), _shifted("q1_0", 4 * half)
+    spread = f"({high} & {_signed(0x0A0A0A0A if odd else 0x05050505)}) * {10 if odd else 20}"
+    return f"chosen({low}, {spread}, {_signed(0x33333333)})"
+
+
 def _shifted(word: str, right: int) -> str:
     if right == 0:
         return word
     return f"({word} >> {right})" if right > 0 else f"({word} << {-right})"
 
 
-def _both(half: int) -> str:
+def both(half: int) -> str:
     """A constant in both halves."""
     return _signed(half << 16 | half)
 

@@ -18,7 +18,9 @@ from typing import Any
 
 import jinja2
 
-from qcompile.codegen.devices.triton_lines import Codes, Exact, Layout, storage
+from qcompile.codegen.devices.triton_floats import Exact
+from qcompile.codegen.devices.triton_instructions import HELPERS as INSTRUCTIONS
+from qcompile.codegen.devices.triton_lines import Codes, Layout, storage
 from qcompile.codegen.devices.triton_numbers import Bytes, IntegerDecode, Numbers, byte_operand
 from qcompile.codegen.spec import KernelSpec
 from qcompile.ir.scheme import Scheme
@@ -29,16 +31,7 @@ BYTE_TYPES = {"i8": "i8", "e4m3": "fp8e4nv"}
 
 # Device functions: a text has those that it calls.
 HELPERS = {
-    "halves": '''@triton.jit
-def halves(words, DT: tl.constexpr):
-    """Both halves of 32-bit words as 16-bit floats, in a new last dimension."""
-    return tl.join(words.to(tl.int16).to(DT, bitcast=True), (words >> 16).to(tl.int16).to(DT, bitcast=True))''',
-    "twice": '''@triton.jit
-def twice(values, DT: tl.constexpr):
-    """Values, as 16-bit floats, for both elements of a register: two new last dimensions, (1, 2)."""
-    word = values.to(DT).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    word = tl.expand_dims(word | (word << 16), -1)
-    return tl.join(word.to(tl.int16).to(DT, bitcast=True), (word >> 16).to(tl.int16).to(DT, bitcast=True))''',
+    **INSTRUCTIONS,
     "wide": '''@triton.jit
 def wide(values, DT: tl.constexpr):
     """Values with two new last dimensions, (1, 1)."""
@@ -67,11 +60,13 @@ class Text:
     inputs: int
 
 
-def kernel_text(spec: KernelSpec, decode: IntegerDecode = "subnormal") -> Text:
+def kernel_text(spec: KernelSpec, decode: IntegerDecode = "subnormal", *, experts: bool = False) -> Text:
     """The kernel of a spec.
 
     Args:
         decode: how integers become floats (see `triton_numbers`).
+        experts: that rows of x are sorted by expert, and every expert has its own weight: parts and "row" extras lie one
+            after the other, and a pointer OFFS, where each expert's rows end, follows those of x.
     """
     layout, parts = Layout.of(spec.weight, spec.act), _parts(spec.weight)
     lines: Exact | Codes
@@ -86,15 +81,19 @@ def kernel_text(spec: KernelSpec, decode: IntegerDecode = "subnormal") -> Text:
         sums = [("XG", "i32" if lines.integers else "fp32")] if lines.corrected else []
         pointers, name = [("X", BYTE_TYPES[lines.numbers.operand]), ("XS", "fp32"), *sums], ""
     inputs = len(pointers)
+    pointers += [("OFFS", "i32")] if experts else []
     pointers += [(f"{name}{i}", kind) for i in range(spec.segments) for name, kind in parts]
     pointers += [(f"E{i}", TYPES[dtype]) for i, (_, dtype) in enumerate(spec.extras)] + [("Y", TYPES[spec.y])]
-    sizes = ["ldx", *(f"N{i}" for i in range(spec.segments)), *_strides(spec)]
+    sizes = ["experts"] if experts else []
+    sizes += ["ldx", *(f"N{i}" for i in range(spec.segments)), *_strides(spec)]
     text = {"before": lines.before(), "body": lines.loop(), "after": lines.after(), "epilogue": lines.epilogue()}
     source = template("matmul").render(
         **_places(spec, layout, lines),
         helpers=_helpers(text),
         pointers=[name for name, _ in pointers],
         sizes=sizes,
+        experts=experts,
+        of_expert=_of_expert(spec, layout, lines.names) if experts else [],
         operand=_OPERANDS[name],
         segments=spec.segments,
         choose=[name for name, _ in parts] if spec.segments > 1 and not spec.paired else [],
@@ -154,9 +153,28 @@ def _strides(spec: KernelSpec) -> list[str]:
 
 
 def _helpers(text: Mapping[str, Sequence[str]]) -> list[str]:
-    """The device functions that lines call."""
+    """The device functions that lines call, and those that these call."""
     said = "\n".join(line for group in text.values() for line in group)
+    said += "".join(source for name, source in HELPERS.items() if f"{name}(" in said)
     return [source for name, source in HELPERS.items() if f"{name}(" in said]
+
+
+def _of_expert(spec: KernelSpec, layout: Layout, names: Sequence[str]) -> list[str]:
+    """Moves pointers to an expert's operands: so many panels of codes and scales, so many columns of "row" extras."""
+    outer = f"tl.cdiv(K, {layout.group * layout.ratio}) * 16" if layout.ratio else "16"
+    sizes = {"W": f"units * {_panel_words(spec)}", "O": outer}
+    scales = "groups * 16" if layout.group else "16"
+    lines = ["panels = expert.to(tl.int64) * (last_panel + 1)"]
+    for i in names:
+        lines += [f"{name}{i} += panels * ({sizes.get(name, scales)})" for name, _ in _parts(spec.weight)]
+    columns = " + ".join(f"N{i}" for i in range(1 if spec.paired else spec.segments))
+    rows = [i for i, (kind, _) in enumerate(spec.extras) if kind == "row"]
+    return lines + [f"E{i} += expert.to(tl.int64) * ({columns})" for i in rows]
+
+
+def _panel_words(spec: KernelSpec) -> int:
+    """Words of codes that 16 rows have in a unit."""
+    return 256 * spec.weight.format.bits // min(spec.weight.format.planes)
 
 
 def _places(spec: KernelSpec, layout: Layout, lines: Exact | Codes) -> dict[str, Any]:
@@ -169,7 +187,7 @@ def _places(spec: KernelSpec, layout: Layout, lines: Exact | Codes) -> dict[str,
         "grouped": bool(layout.group),
         "nested": spec.weight.outer is not None,
         "outer_group": layout.group * layout.ratio,
-        "panel_words": 256 * spec.weight.format.bits // min(spec.weight.format.planes),
+        "panel_words": _panel_words(spec),
         "planes": lines.planes(),
     }
 

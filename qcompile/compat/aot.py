@@ -26,6 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -312,6 +313,7 @@ def _compile(entry: Launch, target: tuple[str, int | str, int], place: Path) -> 
     from triton.compiler import ASTSource
 
     triton.knobs.cache.dir = str(place)
+    _set_target(GPUTarget(*target))
     _statics_anew()
     _decorate_anew(entry.function, set())
     variant = entry.variants[target[0]]
@@ -335,6 +337,13 @@ def _compile(entry: Launch, target: tuple[str, int | str, int], place: Path) -> 
         tensor_memory=int(getattr(metadata, "tmem_size", None) or 0),
         threads=int(metadata.num_warps) * target[2],
     )
+
+
+def _set_target(target: Any) -> None:
+    """What kernels are told that ask for the target: `triton.language.target_info` asks the driver."""
+    from triton.runtime import driver
+
+    driver.set_active(SimpleNamespace(get_current_target=lambda: target))
 
 
 def _statics_anew() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from qcompile.compat.assembly import replace_assembly
 from qcompile.compat.interpreter import repair_floats, replace, replace_libdevice
 
 
@@ -51,6 +52,7 @@ def interpreted() -> Iterator[None]:
         _globals_of_users(stack, interpreter)
         repair_floats(stack, interpreter)
         replace_libdevice(stack, interpreter)
+        replace_assembly(stack, interpreter)
         yield
 
 

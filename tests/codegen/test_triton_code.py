@@ -23,15 +23,15 @@ BUDGET = {
     "int4/axis0": 2.2,
     "int4/g128:fp16": 3.0,
     "uint4/g128:fp16+z": 3.1,
-    "uint4/g32:fp16+m": 5.0,
+    "uint4/g32:fp16+m": 3.6,
     "int8/axis0": 3.3,
     "e4m3/axis0": 3.8,
     "e5m2/axis0": 3.8,
     "e3m2/axis0": 4.6,
-    "e2m1/g32:e8m0": 5.0,
-    "int3/g512:fp16": 3.1,
+    "e2m1/g32:e8m0": 3.9,
+    "int3/g512:fp16": 2.6,
     "int2/g256:fp16": 2.4,
-    "nf4/g64:fp16": 17.0,
+    "nf4/g64:fp16": 4.8,
 }
 # What multiplies: tensor cores of each target, by the beginning of the instruction's name.
 MMA = {
