@@ -1,9 +1,9 @@
-"""Eager calls of `qcompile::qmm` on the CPU run generated kernels.
+"""Eager calls of `qcompile::qmm` run generated kernels, on CPUs and on GPUs.
 
 Outside of compiled code the operator would run its plain-torch meaning, which decodes the whole weight per call. Here
-it gets a CPU implementation: per spec and dtypes the kernel is built once, as an operator of its own, and called. Where
+it gets an implementation: on CPUs, per spec and dtypes the kernel is built once, as an operator of its own, and called. Where
 there is none (no compiler, a scheme without kernel, a build that failed, a kernel that fails its trial) the plain-torch
-meaning runs, and inside `reference_only()` it always does.
+meaning runs, and inside `reference_only()` it always does. On a GPU the Triton kernel of compiled code is launched.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from qcompile import compat
+from qcompile.codegen.devices import triton
 from qcompile.codegen.devices.cpu import CpuLowering
 from qcompile.codegen.devices.cpu_bounds import UNIT, expected
 from qcompile.codegen.devices.cpu_operator import operator_text
@@ -41,8 +43,31 @@ _STEP = {"f32": 2.0**-126, "f16": 2.0**-24, "bf16": 2.0**-126}
 
 @cache
 def install() -> None:
-    """Give `qcompile::qmm` its CPU implementation; calling it again changes nothing."""
+    """Give `qcompile::qmm` its implementations; calling it again changes nothing."""
     ops.LIBRARY.impl("qmm", _qmm, "CPU")
+    ops.LIBRARY.impl("qmm", qmm_on_gpu, "CUDA")
+
+
+def qmm_on_gpu(x: Tensor, parts: Sequence[Tensor], extras: Sequence[Tensor], spec: str) -> Tensor:
+    """`qmm` by its Triton kernel. Raises what `check_qmm` does."""
+    if ops.reference_forced():
+        return ops.qmm_reference(x, parts, extras, spec)
+    what = ops.check_qmm(x, parts, extras, spec)
+    kernel = _gpu_kernel(spec, x.dtype, tuple(extra.dtype for extra in extras), x.device)
+    if kernel is None:
+        return ops.qmm_reference(x, parts, extras, spec)
+    return triton.run(kernel, x, [part.contiguous() for part in parts], extras, what.n, what.k)
+
+
+@cache
+def _gpu_kernel(spec: str, x: torch.dtype, extras: tuple[torch.dtype, ...], device: torch.device) -> KernelSpec | None:
+    """What the kernel of a site computes, None where there is none."""
+    what = MatmulSpec.parse(spec)
+    if not {x, *extras} <= set(OUT_DTYPES.values()):
+        return None
+    kernel = KernelSpec.of(what, x, OUT_DTYPES[what.out] if what.out else x, extras)
+    lowering = triton.TritonLowering(architecture=compat.gpu(device).architecture)
+    return kernel if lowering.supports(kernel) else None
 
 
 def _qmm(x: Tensor, parts: Sequence[Tensor], extras: Sequence[Tensor], spec: str) -> Tensor:

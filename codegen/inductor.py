@@ -22,7 +22,7 @@ import torch
 from torch import fx
 
 from qcompile import compat
-from qcompile.codegen.devices import cpu, cpu_bounds, triton, triton_bounds
+from qcompile.codegen.devices import cpu, cpu_bounds, triton, triton_bounds, triton_rotate
 from qcompile.codegen.devices.cpu import CpuLowering, detect_isa
 from qcompile.codegen.devices.triton import TritonLowering, quantize_input, text_of
 from qcompile.codegen.registry import Kernel, Verdict
@@ -108,6 +108,7 @@ def install() -> None:
     """Register the lowerings with Inductor; calling it again changes nothing."""
     if _ops.qmm.default not in compat.inductor_lowerings():
         compat.register_lowering(_ops.qmm.default, _lower_qmm)
+        compat.register_lowering(_ops.rotate.default, _lower_rotate)
         compat.register_fallback(_ops.decode.default)
 
 
@@ -176,6 +177,29 @@ def _lower_qmm(x: Any, parts: Sequence[Any], extras: Sequence[Any], spec: str) -
         _dump(kernel, built.source, "//", "cpp")
         make = compat.cpp_binding(built.argtypes, built.source)
     return compat.extern_kernel(make=make, **place)
+
+
+def _lower_rotate(x: Any, size: int, signs: Any = None, inverse: bool = False, dtype: torch.dtype | None = None) -> Any:
+    device, known = x.get_device(), {x.get_dtype(), dtype or x.get_dtype()} <= set(OUT_DTYPES.values())
+    if compat.cpp_wrapper_active() or not (known and compat.writes_triton(device)):
+        return compat.fallback(_ops.rotate.default)(x, size, signs, inverse, dtype)
+    rotation = triton_rotate.rotation_of(x.get_dtype(), size, signs is not None, inverse, dtype)
+    if not rotation.verdict():
+        return compat.fallback(_ops.rotate.default)(x, size, signs, inverse, dtype)
+    source, shape = compat.rows_with_one_stride(x), list(x.get_size())
+    rows: Any = 1
+    for length in shape[:-1]:
+        rows = rows * length
+    names = (rotation.size, rotation.x, rotation.y, rotation.signed, rotation.inverse)
+    return compat.extern_kernel(
+        name="qcompile_rotate",
+        make=f"__import__({triton_rotate.__name__!r}, fromlist=['prepare']).prepare{names!r}",
+        inputs=[source] if signs is None else [source, compat.contiguous(signs)],
+        scalars=lambda: [rows, shape[-1], compat.row_stride(source)],
+        size=shape,
+        dtype=OUT_DTYPES[rotation.y],
+        device=device,
+    )
 
 
 _TRITON = "qcompile.codegen.devices.triton"

@@ -36,13 +36,15 @@ class Block:
 
 BLOCKS = (
     Block(0, "ceilings", "ceilings: bandwidth, bf16 matmul, launch; versions and interfaces", 20, 10),
-    Block(1, "subnormals", "are subnormal operands exact on the tensor cores?", 40, 12),
-    Block(2, "correctness", "every kind of kernel, by real launches", 60, 26),
-    Block(3, "weight4", "4-bit weights, few rows: which tile", 105, 40),
-    Block(5, "band", "4-bit weights, 32 to 2048 rows: fused, decoded once, bf16", 60, 18),
-    Block(6, "eight", "8 bits x 8 bits, many rows, with and without quantizing", 60, 15),
-    Block(7, "formats", "other formats, few rows", 45, 14),
-    Block(10, "models", "whole models: decode and prefill against compiled bf16", 130, 30),
+    Block(1, "subnormals", "are subnormal operands exact on the tensor cores?", 25, 8),
+    Block(2, "correctness", "every kind of kernel, by real launches", 50, 22),
+    Block(3, "weight4", "4-bit weights, few rows: which tile", 95, 32),
+    Block(5, "band", "4-bit weights, 32 to 2048 rows: fused, decoded once, bf16", 50, 14),
+    Block(6, "eight", "8 bits x 8 bits, many rows, with and without quantizing", 55, 14),
+    Block(7, "formats", "other formats, few rows", 35, 12),
+    Block(8, "streams", "kernels that read and write once: rotations, quantizing, stochastic rounding", 30, 8),
+    Block(9, "kv", "decode attention over a low-bit cache", 25, 8),
+    Block(10, "models", "whole models: decode and prefill against compiled bf16", 120, 28),
 )
 
 __all__ = ["BLOCKS", "TOTAL", "Block", "Size"]

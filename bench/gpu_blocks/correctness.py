@@ -7,13 +7,12 @@ of its bound. New kinds of kernels add a function to `FAMILIES`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 
 from gpu_blocks.matmuls import compile_job, spec_of, sums_of
+from gpu_blocks.other_kernels import Case, caches, experts, rotations
 from gpu_blocks.session import Session
-from gpu_blocks.warm import Job
 from qcompile.codegen.devices.triton import Tile, TritonLowering
 from qcompile.codegen.devices.triton import run as launch
 from qcompile.codegen.devices.triton_bounds import ROUNDOFF, SMALLEST, expected
@@ -31,19 +30,6 @@ MORE = (
     *("e2m1/g32:e8m0", "e2m1/g16:e4m3/tensor:fp32", "int4/g128:int8/axis0:fp32", "ternary/tensor", "int3/g512:bf16"),
 )
 TILES = (Tile(), Tile(units=2, splits=3), Tile(rows=32, columns=128, warps=8, splits=2))
-
-
-@dataclass(frozen=True)
-class Case:
-    """Something to launch.
-
-    Attributes:
-        name: of it. error: launches it and gives the largest error in units of its bound. job: compiles it ahead.
-    """
-
-    name: str
-    error: Callable[[torch.device], float]
-    job: Job | None = None
 
 
 def run(session: Session) -> None:
@@ -213,4 +199,7 @@ FAMILIES: Mapping[str, Callable[[Session], Iterator[Case]]] = {
     "epilogues": epilogues,
     "merged weights": merged,
     "encoding on the device": encoding,
+    "experts": experts,
+    "rotations": rotations,
+    "attention over a cache": caches,
 }

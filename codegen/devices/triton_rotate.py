@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -150,6 +151,49 @@ def _tile(rotation: Rotation, m: int, k: int, architecture: str, processors: int
     return Tile(rows, width, stages, 4 if panels == 1 or width < PANEL else 8, splits)
 
 
+class Rotate:
+    """The kernels of a rotation as a callable over raw operands, for generated code.
+
+    One object serves every shape; what depends on it is decided at each call, on the host.
+    """
+
+    def __init__(self, rotation: Rotation) -> None:
+        self.rotation = rotation
+
+    def __call__(self, x: torch.Tensor, *rest: Any, tile: Tile | None = None) -> None:
+        """Write y.
+
+        Args:
+            x: rows of k values.
+            rest: signs, int8 `[k]`, if there are some; y, as many rows, dense; then the integers M, K and the row stride of x.
+            tile: how to cut the work, in place of the choice.
+        """
+        *operands, m, k, ldx = rest
+        if m == 0 or k == 0:
+            return
+        rotation, y = self.rotation, operands[-1]
+        signs = [_words(operands[0])] if rotation.signed else []
+        tile = tile or choose_tile(rotation, m, k, x.device)
+        panels, used = rotation.panels(tile.width), rotation.used(tile.width)
+        matrix = _constant(rotation.size // panels, tile.width, rotation.inverse, OPERANDS[rotation.x], x.device)
+        compat.triton_kernel(text_of(rotation, panels))[ceil_div(k, panels * used), tile.splits](
+            x, matrix, *signs, y, m, k, ldx, 1 / math.sqrt(rotation.size),
+            R=tile.rows, P=tile.width, USED=used, STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
+            EVEN=used == tile.width and k % (panels * used) == 0, FULL=m >= tile.rows,
+        )  # fmt: skip
+
+
+@functools.cache
+def prepare(size: int, x: str, y: str, signed: bool, inverse: bool) -> Rotate:
+    """What generated code calls: the kernels of a `Rotation`."""
+    return Rotate(Rotation(size, x, y, signed, inverse))
+
+
+def rotation_of(x: torch.dtype, size: int, signed: bool, inverse: bool, dtype: torch.dtype | None) -> Rotation:
+    """What a call computes. Raises `rotate.kernel` for dtypes without a kernel."""
+    return Rotation(size, _name(x), _name(dtype or x), signed, inverse)
+
+
 def rotate(
     x: torch.Tensor,
     size: int,
@@ -169,25 +213,16 @@ def rotate(
         tile: how to cut the work, in place of the choice.
     """
     check_rotation(x, size, signs)
-    y_dtype = dtype or x.dtype
-    rotation = Rotation(size, _name(x.dtype), _name(y_dtype), signs is not None, inverse)
+    rotation = rotation_of(x.dtype, size, signs is not None, inverse, dtype)
     if not (verdict := rotation.verdict()):
         raise QCError("rotate.kernel", f"There is no kernel: {verdict.reason}.", next="use qcompile.ir.hadamard.rotate")
     k = x.shape[-1]
-    y = torch.empty(x.shape, dtype=y_dtype, device=x.device)
+    y = torch.empty(x.shape, dtype=OUT_DTYPES[rotation.y], device=x.device)
     if y.numel() == 0:
         return y
     rows = x.reshape(-1, k)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    m = rows.shape[0]
-    tile = tile or choose_tile(rotation, m, k, x.device)
-    panels, used = rotation.panels(tile.width), rotation.used(tile.width)
-    matrix = _constant(size // panels, tile.width, inverse, OPERANDS[rotation.x], x.device)
-    compat.triton_kernel(text_of(rotation, panels))[ceil_div(k, panels * used), tile.splits](
-        rows, matrix, *([] if signs is None else [_words(signs)]), y, m, k, rows.stride(0), 1 / math.sqrt(size),
-        R=tile.rows, P=tile.width, USED=used, STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
-        EVEN=used == tile.width and k % (panels * used) == 0, FULL=m >= tile.rows,
-    )  # fmt: skip
+    Rotate(rotation)(rows, *([] if signs is None else [signs]), y, len(rows), k, rows.stride(0), tile=tile)
     return y
 
 

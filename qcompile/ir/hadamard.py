@@ -45,18 +45,22 @@ def has_hadamard(size: int) -> bool:
 
 @functools.cache
 def _matrix(size: int) -> Tensor:
-    base = _base(size) if size >= 1 else 0
-    if not base:
+    _check_order(size)
+    base = _base(size)
+    matrix = torch.ones(1, 1, dtype=torch.int8) if base == 1 else _paley(base)
+    while len(matrix) < size:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return matrix
+
+
+def _check_order(size: int) -> None:
+    if not has_hadamard(size):
         raise QCError(
             "hadamard.size",
             f"There is no Hadamard matrix of order {size} here.",
             why="orders are powers of two, and those that Paley's constructions from a prime give, times powers of two",
             next="take a block of another size, a power of two for example",
         )
-    matrix = torch.ones(1, 1, dtype=torch.int8) if base == 1 else _paley(base)
-    while len(matrix) < size:
-        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    return matrix
 
 
 def _base(size: int) -> int:
@@ -135,7 +139,7 @@ def rotate(
 
 def check_rotation(x: Tensor, size: int, signs: Tensor | None) -> None:
     """Raise what `rotate` raises for such operands."""
-    hadamard(size)
+    _check_order(size)
     if x.dim() == 0 or x.shape[-1] % size:
         raise QCError(
             "rotate.shape",

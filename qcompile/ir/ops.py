@@ -9,6 +9,7 @@ caches key on it.
 | `qmm(x, parts, extras, spec)` | matmul with packed weights and an epilogue, see `MatmulSpec` |
 | `qembedding(ids, parts, scheme, n, k, dtype)` | rows of a packed table |
 | `decode(parts, scheme, n, k, dtype)` | the float weight `[n, k]` of packed parts |
+| `rotate(x, size, signs, inverse, dtype)` | blocks of the last dimension turned by a Hadamard matrix, see `hadamard.rotate` |
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 
 from qcompile.errors import QCError
 from qcompile.ir.codec import check_parts, dequantize, dequantize_rows
+from qcompile.ir.hadamard import check_rotation, rotate
 from qcompile.ir.matmul import OUT_DTYPES, MatmulSpec, reference_qmm
 from qcompile.ir.scheme import Scheme
 
@@ -31,6 +33,7 @@ _SCHEMAS = (
     "qmm(Tensor x, Tensor[] parts, Tensor[] extras, str spec) -> Tensor",
     "qembedding(Tensor ids, Tensor[] parts, str scheme, int n, int k, ScalarType dtype) -> Tensor",
     "decode(Tensor[] parts, str scheme, int n, int k, ScalarType dtype) -> Tensor",
+    "rotate(Tensor x, int size, Tensor? signs=None, bool inverse=False, ScalarType? dtype=None) -> Tensor",
 )
 for _schema in _SCHEMAS:
     LIBRARY.define(_schema, tags=_TAGS)
@@ -81,6 +84,17 @@ def _fake_qmm(
     x: torch.Tensor, parts: Sequence[torch.Tensor], extras: Sequence[torch.Tensor], spec: str
 ) -> torch.Tensor:
     # Every traced graph passes here, so no compiled code meets tensors other than it was written for.
+    what = check_qmm(x, parts, extras, spec)
+    dtype = OUT_DTYPES[what.out] if what.out else x.dtype
+    return x.new_empty((*x.shape[:-1], what.columns), dtype=dtype)
+
+
+def check_qmm(x: torch.Tensor, parts: Sequence[torch.Tensor], extras: Sequence[torch.Tensor], spec: str) -> MatmulSpec:
+    """What `qmm` computes, of operands that fit it.
+
+    Raises:
+        QCError: `matmul.operands`, `codec.parts`, `packing.shape`; torch's RuntimeError for sizes, which may be symbolic.
+    """
     what = MatmulSpec.parse(spec)
     step = what.parts_per_segment
     for i, n in enumerate(what.n):
@@ -92,13 +106,36 @@ def _fake_qmm(
             raise QCError("matmul.operands", f"an operand of shape {tuple(operand.shape)}, not {shape}", where=spec)
         for size, want in zip(operand.shape, shape, strict=True):
             torch._check(size == want, lambda s=size, w=want: f"an operand of {spec} has a size {s}, not {w}")
-    dtype = OUT_DTYPES[what.out] if what.out else x.dtype
-    return x.new_empty((*x.shape[:-1], what.columns), dtype=dtype)
+    return what
 
 
 def _fake_decode(parts: Sequence[torch.Tensor], scheme: str, n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
     check_parts(parts, Scheme.parse(scheme), n, k)
     return parts[0].new_empty((n, k), dtype=dtype)
+
+
+def _fake_rotate(
+    x: torch.Tensor,
+    size: int,
+    signs: torch.Tensor | None = None,
+    inverse: bool = False,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    check_rotation(x, size, signs)
+    return x.new_empty(x.shape, dtype=dtype or x.dtype)
+
+
+def _rotate_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, size, signs, inverse, _ = inputs
+    ctx.save_for_backward(*([] if signs is None else [signs]))
+    ctx.size, ctx.inverse, ctx.x_dtype = size, inverse, x.dtype
+
+
+def _rotate_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    """A rotation's transpose is its inverse."""
+    signs = next(iter(ctx.saved_tensors), None)
+    back = torch.ops.qcompile.rotate(grad, ctx.size, signs, not ctx.inverse, ctx.x_dtype)
+    return back, None, None, None, None
 
 
 def _autocast_qmm(
@@ -142,7 +179,11 @@ def _qmm_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     return dx, [None] * len(parts), bias, None
 
 
-for _name, _meaning, _meta in (("qmm", qmm_reference, _fake_qmm), ("decode", _decode, _fake_decode)):
+for _name, _meaning, _meta in (
+    ("qmm", qmm_reference, _fake_qmm),
+    ("decode", _decode, _fake_decode),
+    ("rotate", rotate, _fake_rotate),
+):
     LIBRARY.impl(_name, _meaning, "CompositeExplicitAutograd")
     torch.library.register_fake(f"qcompile::{_name}", _meta, lib=LIBRARY)
 # A lookup is gather and shifts: spelled out in the graph, Inductor makes one pointwise kernel of it.
@@ -150,3 +191,4 @@ LIBRARY.impl("qembedding", _qembedding, "CompositeImplicitAutograd")
 for _key in _AUTOCAST_KEYS.values():
     LIBRARY.impl("qmm", _autocast_qmm, _key.name)
 torch.library.register_autograd("qcompile::qmm", _qmm_backward, setup_context=_qmm_setup, lib=LIBRARY)
+torch.library.register_autograd("qcompile::rotate", _rotate_backward, setup_context=_rotate_setup, lib=LIBRARY)

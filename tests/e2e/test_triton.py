@@ -19,8 +19,16 @@ from torch._inductor.utils import run_and_get_code
 
 from qcompile import Recipe, Rule, convert, explain, load, save
 from qcompile.backend import watching
+from qcompile.codegen import eager
+from qcompile.codegen.devices import triton
 from qcompile.codegen.devices.triton_bounds import ROUNDOFF
-from qcompile.ir.matmul import DTYPE_NAMES
+from qcompile.codegen.devices.triton_rotate import expected as turned
+from qcompile.codegen.spec import KernelSpec
+from qcompile.errors import QCError
+from qcompile.ir import ops
+from qcompile.ir.codec import quantize
+from qcompile.ir.hadamard import random_signs
+from qcompile.ir.matmul import DTYPE_NAMES, MatmulSpec
 from qcompile.testing.interpret import interpret
 from tests.e2e.support import compiled, decoded, noise_bound
 
@@ -186,3 +194,56 @@ def test_the_ledger_names_the_kernels() -> None:
     report = explain(gated(torch.float16), torch.randn(2, 128, dtype=torch.float16), recipe="int4")
     assert {row.kernel for row in report.rows} == {"cpu-triton"}
     assert report.coverage == 1.0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_rotation_is_one_kernel(dtype: torch.dtype) -> None:
+    """Rows at a distance are read where they lie, any number of them by the same code."""
+
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down = nn.Linear(192, 32, bias=False)
+            self.register_buffer("signs", random_signs(192, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(torch.ops.qcompile.rotate(x[..., :192], 96, self.signs))
+
+    torch.manual_seed(0)
+    model, x = Turned().to(dtype).eval(), torch.randn(2, 5, 200, dtype=dtype)
+    run = compiled(model, "int8/axis0", dynamic=True)
+    out, (code,) = run_and_get_code(run, x)
+    called = re.findall(r"^ *(qcompile_\w+?|triton_\w+?)(?:_\d+)?(?:\.run)?\(", code.partition("def call(")[2], re.M)
+    assert called == ["qcompile_rotate", "qcompile_qmm"]
+    for rows in (x, torch.randn(1, 9, 200, dtype=dtype)):
+        out = run(rows)
+        bound = turned(rows[..., :192], 96, model.signs)
+        weight = decoded(copy.deepcopy(model.down).double(), "int8/axis0").weight
+        want = bound.value @ weight.T
+        # The rotation's own bound through the weight; sums of 192 products and the result are rounded.
+        error = bound.bound @ weight.abs().T + 200 * 2.0**-23 * (bound.value.abs() @ weight.abs().T)
+        name = DTYPE_NAMES[dtype]
+        error = error + 2 * ROUNDOFF[name] * (want.abs() + error)
+        # Each weight is rounded on its way: the code to dtype exactly, its scale once.
+        assert ((out.double() - want).abs() <= error).all()
+
+
+def test_eager_calls() -> None:
+    """Outside of compiled code the same kernel is launched; where there is none, or it is not wanted, plain torch runs."""
+    torch.manual_seed(0)
+    x, bias, weight = torch.randn(2, 3, 70).half(), torch.randn(40), torch.randn(40, 70)
+    for scheme, has_kernel in (("int4/g32:fp16@mma16", True), ("int4/g8:fp16@mma16", False)):
+        text, parts = f"{scheme} n=40 k=70 y=acc+e0 e=row", quantize(weight, scheme)
+        y = eager.qmm_on_gpu(x, parts, [bias], text)
+        with ops.reference_only():
+            plain = eager.qmm_on_gpu(x, parts, [bias], text)
+        assert torch.equal(plain, ops.qmm_reference(x, parts, [bias], text))
+        if has_kernel:
+            spec = KernelSpec.of(MatmulSpec.parse(text), x.dtype, x.dtype, [bias.dtype])
+            assert torch.equal(y, triton.run(spec, x, parts, [bias], [40], 70))
+        else:
+            assert torch.equal(y, plain)
+    with pytest.raises(QCError, match=r"matmul\.operands"):
+        eager.qmm_on_gpu(x, parts, [], text)
+    with pytest.raises(QCError, match=r"packing\.shape|codec\.parts"):
+        eager.qmm_on_gpu(x, [parts[0][:1], parts[1]], [bias], text)

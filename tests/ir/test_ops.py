@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import qcompile.ir.ops  # noqa: F401  (registers the operators)
 from qcompile.errors import QCError
 from qcompile.ir.codec import dequantize, quantize
+from qcompile.ir.hadamard import random_signs, rotate
 
 OPS, SCHEME = torch.ops.qcompile, "int8/g64:fp16"
 
@@ -65,3 +66,21 @@ def test_operands_of_other_sizes_are_refused_when_tracing() -> None:
         for activation, extras in wrong:
             with pytest.raises((QCError, RuntimeError)):
                 OPS.qmm(activation, good, extras, spec)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_rotate_is_an_operator(signed: bool, inverse: bool) -> None:
+    x = torch.randn(2, 3, 24, dtype=torch.float64, requires_grad=True)
+    signs = random_signs(24, 1) if signed else None
+    assert torch.equal(OPS.rotate(x, 12, signs, inverse), rotate(x, 12, signs, inverse))
+    assert OPS.rotate(x, 12, signs, inverse, torch.float32).dtype == torch.float32
+    torch.library.opcheck(OPS.rotate.default, (x, 12, signs, inverse))
+    assert torch.autograd.gradcheck(lambda t: OPS.rotate(t, 12, signs, inverse), (x,))
+    with FakeTensorMode():
+        fake = torch.empty(2, 3, 24)
+        # An order that no other test asks for: a matrix of fakes would be kept for all.
+        assert OPS.rotate(torch.empty(5, 2**9 * 3 * 8), 2**9 * 3 * 8).shape == (5, 2**9 * 3 * 8)
+        for wrong in ((fake, 5), (fake, 16), (fake, 12, torch.ones(12, dtype=torch.int8))):
+            with pytest.raises(QCError, match=r"hadamard\.size|rotate\."):
+                OPS.rotate(*wrong)
