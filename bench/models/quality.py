@@ -5,7 +5,9 @@ runs twice: compiled, which is the product, and as the reference, where the weig
 the activations rounded in front of the layers with nothing but `qcompile.ir.codec` and eager torch. The two
 may differ by what kernels do in another order, and by nothing else.
 
-    python bench/models/quality.py [--windows 64] [--recipes int8,int4] [--reference-only]
+    python bench/models/quality.py [--windows 64] [--recipes int8,int4] [--reference-only] [--gpu]
+
+`--gpu` is for presets that have other schemes there: what these cost, in plain torch on this machine.
 
 Exit code 1 when a target is missed.
 """
@@ -19,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +86,15 @@ class Line:
 
 
 # ---------------------------------------------------------------------------------------------- the reference
-def reference(float_model: nn.Module, recipe: str, ledger: qcompile.Explanation) -> nn.Module:
+def chosen(recipe: str, device: str) -> qcompile.Recipe:
+    """A preset as it is on a device, "cpu" or "gpu", for all."""
+    rules = [rule for rule in PRESETS[recipe].rules if rule.device in ("", device)]
+    return replace(PRESETS[recipe], rules=tuple(replace(rule, device="") for rule in rules))
+
+
+def reference(float_model: nn.Module, recipe: qcompile.Recipe, ledger: qcompile.Explanation) -> nn.Module:
     """A copy of the model in which the ledger's decisions are carried out in plain torch."""
-    fits = {str(rule.weight): rule.fit for rule in PRESETS[recipe].rules}
+    fits = {str(rule.weight): rule.fit for rule in recipe.rules}
     rounded = copy.deepcopy(float_model)
     parameters = dict(rounded.named_parameters(remove_duplicate=False))
     done: dict[int, str] = {}
@@ -132,7 +140,7 @@ def embeddings(call: Callable[..., Any], batches: Iterable[dict[str, torch.Tenso
 
 
 def engines(
-    float_model: nn.Module, recipe: str, example: dict[str, Any], compiled: bool
+    float_model: nn.Module, recipe: qcompile.Recipe, example: dict[str, Any], compiled: bool
 ) -> Iterable[tuple[str, Callable[..., Any], float]]:
     """(name, what to call, coverage) of the reference and, if wanted, the compiled model."""
     torch.compiler.reset()
@@ -140,7 +148,8 @@ def engines(
     yield "reference", reference(float_model, recipe, ledger), ledger.coverage
     if compiled:
         torch.compiler.reset()
-        call = torch.compile(float_model, backend="qcompile", options={"recipe": recipe})
+        options: dict[str, Any] = {"recipe": recipe}
+        call = torch.compile(float_model, backend="qcompile", options=options)
         yield "compiled", call, ledger.coverage
 
 
@@ -158,7 +167,9 @@ def language_model(given: argparse.Namespace, recipes: list[str], say: Callable[
     for recipe in recipes:
         target, plain = PERPLEXITY[recipe], list[float]()
         example = {"input_ids": windows[:1].clone(), "use_cache": False}
-        for engine, call, coverage in engines(float_model, recipe, example, not given.reference_only):
+        for engine, call, coverage in engines(
+            float_model, chosen(recipe, given.device), example, not given.reference_only
+        ):
             begun = time.monotonic()
             found = surprise(call, windows)
             value, error = report.perplexity_ratio(found, base, scored)
@@ -177,14 +188,16 @@ def language_model(given: argparse.Namespace, recipes: list[str], say: Callable[
 def sentence_model(given: argparse.Namespace, recipes: list[str], say: Callable[[str], None]) -> list[Line]:
     """Mean cosines of MiniLM's sentence embeddings, on prose: verse is no sentence."""
     float_model, tokenizer = model.load_sentence_model()
-    chosen = text.sentences(text.read("article"), given.sentences // BATCH * BATCH)
+    sentences = text.sentences(text.read("article"), given.sentences // BATCH * BATCH)
     padded = {"padding": "max_length", "truncation": True, "max_length": LENGTH, "return_tensors": "pt"}
-    batches = [dict(tokenizer(chosen[at : at + BATCH], **padded)) for at in range(0, len(chosen), BATCH)]
+    batches = [dict(tokenizer(sentences[at : at + BATCH], **padded)) for at in range(0, len(sentences), BATCH)]
     base = embeddings(float_model, batches)
     say(f"{model.SENTENCE_MODEL}: {len(base)} sentences of {text.NAMES['article']}")
     lines = []
     for recipe in recipes:
-        for engine, call, coverage in engines(float_model, recipe, batches[0], not given.reference_only):
+        for engine, call, coverage in engines(
+            float_model, chosen(recipe, given.device), batches[0], not given.reference_only
+        ):
             begun = time.monotonic()
             cosines = (embeddings(call, batches) * base).sum(-1)
             value, error = float(cosines.mean()), float(cosines.std()) / len(cosines) ** 0.5
@@ -225,9 +238,11 @@ def main() -> int:
     parser.add_argument("--sentences", type=int, default=64)
     parser.add_argument("--recipes", default=",".join(PERPLEXITY), help="comma separated")
     parser.add_argument("--reference-only", action="store_true", help="compile nothing")
+    parser.add_argument("--gpu", action="store_true", help="the schemes for GPUs, as the reference; compile nothing")
     parser.add_argument("--models", default="language,sentence", help="language, sentence or both")
     parser.add_argument("--out", type=Path, default=Path("bench-results/quality.json"))
     given = parser.parse_args()
+    given.device, given.reference_only = "gpu" if given.gpu else "cpu", given.reference_only or given.gpu
     recipes = given.recipes.split(",")
     for recipe in recipes:
         qcompile.Recipe.of(recipe)
