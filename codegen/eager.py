@@ -56,7 +56,8 @@ def qmm_on_gpu(x: Tensor, parts: Sequence[Tensor], extras: Sequence[Tensor], spe
     kernel = _gpu_kernel(spec, x.dtype, tuple(extra.dtype for extra in extras), x.device)
     if kernel is None:
         return ops.qmm_reference(x, parts, extras, spec)
-    return triton.run(kernel, x, [part.contiguous() for part in parts], extras, what.n, what.k)
+    packed, static = [part.contiguous() for part in parts], parts[len(parts) - what.act_parts :]
+    return triton.run(kernel, x, packed[: len(packed) - len(static)], extras, what.n, what.k, static=static)
 
 
 @cache
@@ -84,7 +85,7 @@ def _call_of(spec: str, x: torch.dtype, extras: Sequence[torch.dtype]) -> Call:
     """How to compute a site from now on."""
     what = MatmulSpec.parse(spec)
     operator = None
-    if {x, *extras} <= set(OUT_DTYPES.values()) and len(extras) == len(what.extras):
+    if {x, *extras} <= set(OUT_DTYPES.values()) and len(extras) == len(what.extras) and not what.static:
         operator = operator_of(KernelSpec.of(what, x, OUT_DTYPES[what.out] if what.out else x, extras))
     if operator is None:
         return lambda x, parts, extras: ops.qmm_reference(x, parts, extras, spec)

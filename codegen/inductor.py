@@ -43,6 +43,8 @@ def verdict(spec: MatmulSpec, device: torch.device, x: torch.dtype, extras: Sequ
         return TritonLowering(architecture=compat.gpu(device).architecture).supports(kernel)
     if device.type != "cpu":
         return Verdict(False, f"no kernels for {device.type} yet")
+    if spec.static:
+        return Verdict(False, "a scale of activations that was chosen before: kernels of CPUs choose it for each row")
     return CpuLowering().supports(kernel)
 
 
@@ -143,8 +145,10 @@ def _lower_qmm(x: Any, parts: Sequence[Any], extras: Sequence[Any], spec: str) -
     kernel = KernelSpec.of(what, x.get_dtype(), out, dtypes)
 
     lead, dtype, gpu = list(x.get_size())[:-1], x.get_dtype(), compat.writes_triton(device)
+    count = len(parts) - what.act_parts
     if gpu and what.act is not None:
-        inputs = [compat.contiguous(item) for item in compat.inlined(partial(quantize_input, spec=kernel), x)]
+        made = compat.inlined(partial(quantize_input, spec=kernel), x, *parts[count:])
+        inputs = [compat.contiguous(item) for item in made]
     else:
         inputs = [compat.rows_with_one_stride(x)]
     mats = [
@@ -162,7 +166,7 @@ def _lower_qmm(x: Any, parts: Sequence[Any], extras: Sequence[Any], spec: str) -
 
     place: dict[str, Any] = {
         "name": "qcompile_qmm",
-        "inputs": [*inputs, *map(compat.contiguous, parts), *mats],
+        "inputs": [*inputs, *map(compat.contiguous, parts[:count]), *mats],
         "scalars": scalars,
         "size": [*lead, what.columns],
         "dtype": out,

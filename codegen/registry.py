@@ -1,13 +1,12 @@
-"""Who can compute what: lowerings of one op, asked in order, with the losers' reasons kept.
+"""Who can compute what: a lowering says yes or no to a kernel's spec, and why. The ledger shows the reason.
 
-A lowering is a value with four members. There is no registration at import time: the caller builds the tuple of
-lowerings it wants to ask, so two compiles in one process never see each other's choices.
+There is a lowering for each kind of device. There is no registration at import time: who asks
+makes the lowering, for the device at hand, so two compiles in one process never see each other's choices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from qcompile.codegen.spec import KernelSpec
@@ -40,39 +39,7 @@ class Kernel:
 
 
 class Lowering(Protocol):
-    """One way to compute one op on one kind of device."""
-
-    @property
-    def op(self) -> str:
-        """Name of the op without its namespace ("qmm")."""
-
-    @property
-    def device(self) -> str:
-        """Torch's name of the device type ("cpu")."""
+    """One way to compute `qmm` on one kind of device."""
 
     def supports(self, spec: KernelSpec) -> Verdict:
-        """Whether `emit` will work, and the reason when it will not."""
-
-    def emit(self, spec: KernelSpec) -> Kernel:
-        """Kernel text. Raises `QCError` ("kernel.unsupported") when `supports` says no."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The lowering that was taken (None: nobody could) and the reasons of those asked before it."""
-
-    lowering: Lowering | None
-    refused: tuple[tuple[str, str], ...] = field(default=())
-
-
-def choose(lowerings: Iterable[Lowering], op: str, device: str, spec: KernelSpec) -> Choice:
-    """The first lowering of `op` on `device` that supports `spec`."""
-    refused: list[tuple[str, str]] = []
-    for lowering in lowerings:
-        if (lowering.op, lowering.device) != (op, device):
-            continue
-        verdict = lowering.supports(spec)
-        if verdict:
-            return Choice(lowering, tuple(refused))
-        refused.append((type(lowering).__name__, verdict.reason))
-    return Choice(None, tuple(refused))
+        """Whether there will be a kernel, and the reason when there will not."""

@@ -86,12 +86,12 @@ def _shape(session: Session, config: dict[str, Any]) -> None:
     session.say(f"  {config['weight']} x {config['act']} {m}x{n}x{k}")
     weight = Weight(device, spec, n, k, LEAST)
     problem = Problem.of(weight, m)
-    x, given = problem.x, quantize_input(problem.x, spec)
+    x, given = problem.x, quantize_input(problem.x, spec=spec)
     ours = _ours(session, problem, given, tiles(session, pair.weight, pair.act))
     if not ours:
         raise Wrong("no tile runs")
     (best,) = device.best(ours, 1)
-    encode = torch.compile(lambda x: quantize_input(x, spec), dynamic=False)
+    encode = torch.compile(lambda x: quantize_input(x, spec=spec), dynamic=False)
     base = float_layer(x, float_weights(device, n, k, torch.bfloat16, LEAST))
     multiply, quantizing = best.call, "ours, quantizing x"
     vendor = _vendor(session, pair, problem, given)
@@ -177,7 +177,7 @@ def _called(function: Callable[..., torch.Tensor], operands: Given, i: int) -> t
 
 
 def _quantizing(multiply: Callable[..., torch.Tensor], spec: KernelSpec, x: torch.Tensor) -> torch.Tensor:
-    return multiply(*quantize_input(x, spec)[:2])
+    return multiply(*quantize_input(x, spec=spec)[:2])
 
 
 def _int_mm(weight: Weight) -> Mapping[str, Callable[..., torch.Tensor]]:

@@ -93,8 +93,6 @@ class CpuLowering:
     """Lowering of `qmm` to C++ for one instruction set."""
 
     isa: str = field(default_factory=detect_isa)
-    op: str = "qmm"
-    device: str = "cpu"
 
     def supports(self, spec: KernelSpec) -> Verdict:
         """See `Lowering`. Needs a C++ compiler; reads no sizes, so a yes holds for every N and K."""

@@ -23,7 +23,7 @@ from qcompile.codegen.registry import Verdict
 from qcompile.codegen.spec import LONG_K, KernelSpec
 from qcompile.codegen.tuning.triton import Shape, shape_for
 from qcompile.ir.granularity import Nested, PerAxis, PerBlock, PerGroup, PerTensor, PerToken
-from qcompile.ir.matmul import OUT_DTYPES, MatmulSpec, quantize_rows
+from qcompile.ir.matmul import OUT_DTYPES, MatmulSpec, quantize_values
 from qcompile.ir.packing import ceil_div
 from qcompile.ir.scheme import Packing, Scheme
 
@@ -80,10 +80,9 @@ def _act_reason(spec: KernelSpec) -> str:
     act, layout = spec.act, Layout.of(spec.weight, spec.act)
     if act is None:
         return ""
-    if not (act.format.kind == "int" or act.format.name == "e4m3") or not isinstance(
-        act.granularity, PerToken | PerGroup
-    ):
-        return f"activation {act}: signed integers or e4m3, per token or in groups, work, or none"
+    number = act.format.name == "e4m3" or (act.format.kind == "int" and (act.symmetric == act.format.signed))
+    if not number or not isinstance(act.granularity, PerToken | PerGroup | PerTensor):
+        return f"activation {act}: signed integers, unsigned ones with a zero point, or e4m3 work, or none"
     if why := why_no_bytes(spec.weight.format, byte_operand(act)):
         return f"activation {act}: {why}"
     if layout.mode == "operand" or layout.act_group % layout.unit:
@@ -91,6 +90,10 @@ def _act_reason(spec: KernelSpec) -> str:
             f"activation {act}: a sum of bytes has one scale for {layout.unit} columns or a multiple of that, and no minimum; "
             f"the weight is {spec.weight}"
         )
+    if layout.shifted and layout.act_group:
+        return f"activation {act}: a zero point for each group of a row"
+    if layout.shifted and not layout.cell and spec.weight.scale.zero is not None and spec.weight.format.bits > 7:
+        return f"activation {act}: sums of 9 bits times 9 overflow; the weight, {spec.weight}, has a zero point as well"
     if not layout.cell and spec.long_k and byte_operand(act) == "i8":
         return f"activation {act}: more than {LONG_K} inputs overflow a sum of bytes; give the weight groups"
     return ""
@@ -107,8 +110,6 @@ def _has_e4m3(architecture: str) -> bool:
 class TritonLowering:
     """Lowering of `qmm` to Triton for an architecture, "" where kernels are interpreted."""
 
-    op: str = "qmm"
-    device: str = "cuda"
     architecture: str = ""
 
     def supports(self, spec: KernelSpec) -> Verdict:
@@ -263,6 +264,7 @@ def run(
     k: int,
     tile: Tile | None = None,
     text: Text | None = None,
+    static: Sequence[torch.Tensor] = (),
 ) -> torch.Tensor:
     """Launch the kernel of `spec`.
 
@@ -273,6 +275,7 @@ def run(
         n: rows of each segment.
         tile: how to cut the work, in place of the tuned choice.
         text: another text for the same arguments than `text_of(spec)`.
+        static: scale and zero point of x that were chosen before.
 
     Returns:
         `[..., columns]` of dtype `spec.y`.
@@ -283,7 +286,7 @@ def run(
     kinds = [kind for kind, _ in spec.extras]
     operands = [_rows(e) if kind == "mat" else e.contiguous() for e, kind in zip(extras, kinds, strict=True)]
     mats = [e.stride(0) for e, kind in zip(operands, kinds, strict=True) if kind == "mat"]
-    inputs = (rows,) if spec.act is None else quantize_input(rows, spec)
+    inputs = (rows,) if spec.act is None else quantize_input(rows, *static, spec=spec)
     matmul = Matmul(spec, text)
     matmul(*inputs, *parts, *operands, y, rows.shape[0], k, inputs[0].stride(0), *n, *mats, columns, tile=tile)
     return y.reshape(*x.shape[:-1], columns)
@@ -295,29 +298,42 @@ def _rows(t: torch.Tensor) -> torch.Tensor:
     return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
 
 
-def quantize_input(x: torch.Tensor, spec: KernelSpec) -> tuple[torch.Tensor, ...]:
+def quantize_input(x: torch.Tensor, *static: torch.Tensor, spec: KernelSpec) -> tuple[torch.Tensor, ...]:
     """What a kernel of bytes reads in place of x.
 
     Args:
         x: `[..., k]`; a row that holds NaN or infinity gets a scale of NaN.
+        static: scale, and zero point, that were chosen before (see `MatmulSpec`).
         spec: with `act`.
 
     Returns:
-        Codes, int8 or float8_e4m3fn `[M, K]` with K the next whole unit of the packing; scales, fp32 `[M, groups]`; and, where
-        the kernel reads them, sums of codes, int32 or fp32 `[M, cells of the layout]`.
+        Codes, int8 or float8_e4m3fn `[M, K]` with K the next whole unit of the packing; scales, fp32 `[M, groups]`; where the
+        kernel reads them, sums of numbers (codes less zero point), int32 or fp32 `[M, cells of the layout]`; and zero points of
+        the codes, int32 `[M, 1]`. Unsigned codes are moved down to int8, and so are their zero points.
     """
     assert spec.act is not None
     layout, k, m = Layout.of(spec.weight, spec.act), x.shape[-1], math.prod(x.shape[:-1])
     operand = byte_operand(spec.act)
     codes, sums = _BYTE_DTYPES[operand], torch.int32 if integer_sums(operand, layout) else torch.float32
-    q, scale = quantize_rows(x.reshape(m, k).float(), spec.act)
+    wide = x.reshape(m, k).float()
+    of_rows = isinstance(spec.act.granularity, PerTensor)  # what one row holds says nothing about the others
+    if of_rows:
+        finite = torch.isfinite(wide).all(-1, keepdim=True)
+        wide = torch.where(finite, wide, torch.zeros_like(wide))
+    q, scale, zero = quantize_values(wide, spec.act, static)
+    if of_rows:
+        scale = torch.where(finite, scale, math.nan)
+    q = q if zero is None else q - zero
     columns = ceil_div(k, layout.unit) * layout.unit
-    found = (torch.nn.functional.pad(q, (0, columns - k)).to(codes), scale)
-    if not Bytes.of(spec.weight.format, operand).corrected(spec.weight):
-        return found
-    cell = layout.cell or columns
-    q = torch.nn.functional.pad(q, (0, -k % cell))
-    return *found, q.reshape(m, q.shape[1] // cell, cell).sum(-1).to(sums)
+    q = torch.nn.functional.pad(q, (0, columns - k))
+    middle = (spec.act.format.max + 1) / 2
+    moved = None if zero is None else (zero - middle).expand(m, 1)
+    found = [(q if moved is None else q + moved).to(codes), scale]
+    if Bytes.of(spec.weight.format, operand).corrected(spec.weight):
+        cell = layout.cell or columns
+        q = torch.nn.functional.pad(q[:, :k], (0, -k % cell))
+        found.append(q.reshape(m, q.shape[1] // cell, cell).sum(-1).to(sums))
+    return (*found, moved.to(torch.int32)) if moved is not None else tuple(found)
 
 
 __all__ = [

@@ -124,8 +124,10 @@ def expected(
     k: int,
     rounded: bool | None = None,
     byte_unit: float = UNIT,
+    static: Sequence[torch.Tensor] = (),
 ) -> Expected:
-    """One segment's sums for finite `x[m, k]`; `rounded` as in `terms`, `byte_unit` of a rounding of a sum of e4m3."""
+    """One segment's sums for finite `x[m, k]`; `rounded` as in `terms`, `byte_unit` of a rounding of a sum of e4m3, `static` as
+    in `quantize_values`."""
     weight = terms(spec, parts, n, k, rounded)
     wide = x.double()
     layout = Layout.of(spec.weight, spec.act)
@@ -133,7 +135,7 @@ def expected(
     groups = -(-k // layout.group) if layout.group else 1
     roundings = k + steps + groups + 8 + (k if spec.x == "f32" else 0)
     if spec.act is not None:
-        codes, scale = quantize_rows(x.float(), spec.act)
+        codes, scale = quantize_rows(x.float(), spec.act, static)
         sums = 0 if byte_operand(spec.act) == "i8" else k + (layout.cell or k)
         wide = codes.double() * over_values(scale, spec.act, codes.shape).double()
         roundings = sums + 4 * (k // (layout.cell or k) + 1) + 8

@@ -140,7 +140,7 @@ def run_grouped(
         mats += [operands[-1].stride(0)] if kind == "mat" else []
     if m == 0:
         return y
-    inputs = (_dense(x),) if spec.act is None else quantize_input(x, spec)
+    inputs = (_dense(x),) if spec.act is None else quantize_input(x, spec=spec)
     stacked = [part.contiguous() for part in parts]
     operands = [*inputs[1:], offs.contiguous(), *stacked, *operands, y]
     Grouped(spec)(inputs[0], *operands, m, k, inputs[0].stride(0), *n, *mats, columns, tile=tile)

@@ -32,6 +32,7 @@ class Layout:
         unit: columns of a unit of the packing; span: of a word.
         cell: columns of one sum that scales then meet inside the loop over K; 0 when they meet none there.
         ratio: scales that share an outer one in groups, 0 when all of a row do or there is none.
+        shifted: whether bytes of x have a zero point.
     """
 
     mode: Mode
@@ -41,6 +42,7 @@ class Layout:
     cell: int
     ratio: int = 0
     act_group: int = 0
+    shifted: bool = False
 
     @staticmethod
     def of(weight: Scheme, act: Scheme | None = None) -> Layout:
@@ -60,7 +62,8 @@ class Layout:
         ratio = outer.size // group if isinstance(outer, PerGroup) else 0
         act_group = act.granularity.size if act is not None and isinstance(act.granularity, PerGroup) else 0
         cell = math.gcd(group if mode == "sum" else 0, act_group)
-        return Layout(mode, group, unit, unit // 4, cell, ratio, act_group)
+        shifted = act is not None and not act.symmetric
+        return Layout(mode, group, unit, unit // 4, cell, ratio, act_group, shifted)
 
     @property
     def units(self) -> int:
@@ -117,6 +120,10 @@ class Lines:
             before += 256 * width // narrow
         return found
 
+    def closing(self) -> list[str]:
+        """What each split does with its own sums."""
+        return []
+
     def epilogue(self) -> list[str]:
         lines, names = [], {name: name for name in self.accumulators}
         for i, (kind, _) in enumerate(self.spec.extras):
@@ -152,7 +159,8 @@ class Codes(Lines):
     """Bytes: activations that were quantized before, codes as they are or moved to their place in a byte.
 
     The sum of `factor * byte + offset - zero` over k is the sum of bytes, and a correction with the sum of x over the same k,
-    which comes with x.
+    which comes with x. A zero point of x is taken off with the sum of the weight's bytes, which tensor cores find beside the
+    product, as one with ones.
     """
 
     def __init__(self, spec: KernelSpec, layout: Layout, numbers: Bytes) -> None:
@@ -169,6 +177,9 @@ class Codes(Lines):
         lines = [f"x_groups = tl.cdiv(K, {layout.act_group})" if layout.act_group else "sx = tl.load(XS + m_at)"]
         if self.corrected:
             lines.append(f"cells = tl.cdiv(K, {layout.cell})" if layout.cell else "xs = tl.load(XG + m_at)")
+        if layout.shifted:
+            lines += ["xz = tl.load(XZ + m_at)", f"ones = tl.full((KC * 64, {ONES}), 1, tl.int8)"]
+            lines += [f"b{j} = tl.zeros((BN, {ONES}), tl.int32)" for j in range(0 if layout.cell else len(self.pairs))]
         return lines
 
     def loop(self) -> list[str]:
@@ -182,7 +193,7 @@ class Codes(Lines):
             lines.append(f"xs = {xs}")
         if layout.act_group:
             lines.append(f"sx = tl.load(XS + m_at * x_groups + u * {unit} // {layout.act_group})")
-        for i, acc in self.pairs:
+        for j, (i, acc) in enumerate(self.pairs):
             lines += self._codes(i)
             for step in steps:
                 operand = f"octets({self.numbers.word(step)})"
@@ -190,8 +201,13 @@ class Codes(Lines):
                 lines.append("w = tl.reshape(w, (KC, 2, PANELS, 8, 4, 4, 2, 2))")
                 lines.append("w = tl.reshape(tl.permute(w, (2, 1, 3, 0, 5, 4, 6, 7)), (BN, KC * 64))")
                 lines.append(self._product(step, acc))
+                if layout.shifted:
+                    before = "" if layout.cell and not step else f"b{j}, "
+                    lines.append(f"b{j} = tl.dot(w, ones, {before}out_dtype=tl.int32)")
             if not layout.cell:
                 continue
+            if layout.shifted:
+                lines.append(f"p -= {_zeros(j)}")
             group = f"u * {unit} // {layout.group}" if layout.group else ""
             value = self._number(i, "p", group)
             if group:
@@ -206,6 +222,11 @@ class Codes(Lines):
         if self.layout.cell:
             return f"p = {dot.format('p, ' if step else '')}"
         return f"{acc} = {dot.format(f'{acc}, ')}" if self.whole else f"{acc} += {dot.format('')}"
+
+    def closing(self) -> list[str]:
+        """What each split does with its own sums: bytes become numbers less the zero point of x."""
+        own = self.layout.shifted and not self.layout.cell
+        return [f"{acc} -= {_zeros(j)}" for j, (_, acc) in enumerate(self.pairs) if own]
 
     def after(self) -> list[str]:
         """The scales that did not meet the sums inside the loop."""
@@ -237,10 +258,18 @@ class Codes(Lines):
         return f"({total})" + (".to(tl.float32)" if self.integers else "")
 
 
+ONES = 16  # columns of the product that sums up a weight's bytes: the fewest that instructions have
+
+
+def _zeros(j: int) -> str:
+    """Text of what a zero point of x adds to sums. All columns of the product with ones are equal."""
+    return f"tl.max(b{j}, axis=1)[:, None] * xz[None, :]"
+
+
 def integer_sums(operand: ByteOperand, layout: Layout) -> bool:
     """Whether sums stay int32 until a scale meets them: sums of bytes, but those of at most 256 columns, which are below
-    2^22 in any case (256 * 127 * 128) and exact in fp32."""
-    return operand == "i8" and not 0 < layout.cell <= 256
+    2^22 in any case (256 * 127 * 128) and exact in fp32; of half as many where a zero point doubles the range of x."""
+    return operand == "i8" and not 0 < layout.cell <= (128 if layout.shifted else 256)
 
 
 def address(rows: str, kind: str, group: str, base: str = "") -> str:

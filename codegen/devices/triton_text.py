@@ -79,6 +79,7 @@ def kernel_text(spec: KernelSpec, decode: IntegerDecode = "subnormal", *, expert
     else:
         lines = Codes(spec, layout, Bytes.of(spec.weight.format, byte_operand(spec.act)))
         sums = [("XG", "i32" if lines.integers else "fp32")] if lines.corrected else []
+        sums += [("XZ", "i32")] if layout.shifted else []
         pointers, name = [("X", BYTE_TYPES[lines.numbers.operand]), ("XS", "fp32"), *sums], ""
     inputs = len(pointers)
     pointers += [("OFFS", "i32")] if experts else []
@@ -87,6 +88,7 @@ def kernel_text(spec: KernelSpec, decode: IntegerDecode = "subnormal", *, expert
     sizes = ["experts"] if experts else []
     sizes += ["ldx", *(f"N{i}" for i in range(spec.segments)), *_strides(spec)]
     text = {"before": lines.before(), "body": lines.loop(), "after": lines.after(), "epilogue": lines.epilogue()}
+    text["closing"] = lines.closing()
     source = template("matmul").render(
         **_places(spec, layout, lines),
         helpers=_helpers(text),

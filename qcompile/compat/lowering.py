@@ -48,8 +48,8 @@ def cpp_wrapper_active() -> bool:
     return bool(V.graph.cpp_wrapper)
 
 
-def inlined(function: Callable[[torch.Tensor], Sequence[torch.Tensor]], value: Any) -> Sequence[Any]:
-    """What a functional torch function makes of an IR value, as IR: Inductor fuses it with what is around.
+def inlined(function: Callable[..., Sequence[torch.Tensor]], *values: Any) -> Sequence[Any]:
+    """What a functional torch function makes of IR values, as IR: Inductor fuses it with what is around.
 
     Args:
         function: traced with fake tensors, once per use.
@@ -61,9 +61,9 @@ def inlined(function: Callable[[torch.Tensor], Sequence[torch.Tensor]], value: A
     from torch.fx.experimental.proxy_tensor import make_fx
 
     with V.fake_mode:
-        graph = make_fx(function, decomposition_table=select_decomp_table())(ir.ir_node_to_tensor(value))
+        graph = make_fx(function, decomposition_table=select_decomp_table())(*map(ir.ir_node_to_tensor, values))
     graph.graph.eliminate_dead_code()
-    return cast("Sequence[Any]", process_subgraph_nodes(graph, [value]))
+    return cast("Sequence[Any]", process_subgraph_nodes(graph, list(values)))
 
 
 def contiguous(value: Any) -> Any:

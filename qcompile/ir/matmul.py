@@ -18,8 +18,8 @@ import torch
 from qcompile.errors import QCError
 from qcompile.ir.codec import choose_qparams, dequantize
 from qcompile.ir.elements import round_element
-from qcompile.ir.granularity import PerGroup, PerToken
-from qcompile.ir.qparams import effective_scale
+from qcompile.ir.granularity import PerGroup, PerTensor, PerToken
+from qcompile.ir.qparams import QParams, effective_scale
 from qcompile.ir.scales import spread
 from qcompile.ir.scheme import Scheme
 
@@ -62,6 +62,8 @@ class MatmulSpec:
         n: output features of each segment (one segment per merged weight), so `sum(n)` columns before the epilogue.
         k: input features.
         act: scheme of the activation (`None`: used exactly).
+        static: that its scale was chosen before, and comes as a last part, fp32 `[1]`, and its zero point as another, uint8
+            `[1]`; for one scale of all values.
         epilogue: "" or an expression over `acc` (all columns), or over `a0, a1` (a *pair*: both segments have equal
             `n`, and the result has `n` columns), and `e0, e1, ...`.
         extras: kind of each extra operand: "row" is a vector over the columns, "mat" has the output's shape.
@@ -75,8 +77,15 @@ class MatmulSpec:
     epilogue: str = ""
     extras: tuple[str, ...] = ()
     out: str = ""
+    static: bool = False
 
     def __post_init__(self) -> None:
+        if self.static and (self.act is None or self.act.granularity != PerTensor()):
+            raise QCError(
+                "matmul.spec",
+                f"an activation scheme {self.act} cannot be static",
+                next="write act=int8/tensor:fp32 or act=uint8/tensor:fp32+z",
+            )
         bad = [kind for kind in self.extras if kind not in EXTRA_KINDS]
         if not self.n or min(self.n) < 1 or self.k < 1 or bad or (self.out and self.out not in OUT_DTYPES):
             raise QCError(
@@ -110,6 +119,11 @@ class MatmulSpec:
         """How many packed tensors describe one weight."""
         return 2 + (self.weight.scale.zero is not None) + self.weight.nested
 
+    @property
+    def act_parts(self) -> int:
+        """How many of the last parts are of the activation."""
+        return 1 + (self.act is not None and not self.act.symmetric) if self.static else 0
+
     def shapes(self, lead: Sequence[int]) -> list[tuple[int, ...]]:
         """Shapes of x and of each extra where x has the leading sizes `lead`."""
         kinds = {"row": (self.columns,), "mat": (*lead, self.columns)}
@@ -118,7 +132,7 @@ class MatmulSpec:
     def __str__(self) -> str:
         fields = [str(self.weight), "n=" + ",".join(map(str, self.n)), f"k={self.k}"]
         if self.act is not None:
-            fields.append(f"act={self.act}")
+            fields.append(f"act={self.act}" + " static" * self.static)
         if self.epilogue:
             fields.append("y=" + self.epilogue.replace(" ", ""))
         if self.extras:
@@ -133,7 +147,7 @@ class MatmulSpec:
         """Read the canonical string. Raises `QCError` ("matmul.spec") when it is none."""
         head, *rest = text.split()
         fields = dict(item.partition("=")[::2] for item in rest)
-        unknown = set(fields) - {"n", "k", "act", "y", "e", "out"}
+        unknown = set(fields) - {"n", "k", "act", "static", "y", "e", "out"}
         if unknown or "n" not in fields or "k" not in fields:
             raise QCError("matmul.spec", f"cannot read matmul spec {text!r}", why=f"fields {sorted(fields)}")
         return MatmulSpec(
@@ -144,6 +158,7 @@ class MatmulSpec:
             epilogue=fields.get("y", ""),
             extras=tuple(fields["e"].split(",")) if "e" in fields else (),
             out=fields.get("out", ""),
+            static="static" in fields,
         )
 
 
@@ -207,41 +222,62 @@ def evaluate_epilogue(epilogue: str, names: Mapping[str, torch.Tensor]) -> torch
     return value(epilogue_tree(epilogue))
 
 
-def quantize_rows(x: torch.Tensor, act: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dynamic activations, all in fp32, rounded to nearest even with `s = absmax / Q`, Q the format's largest value.
+def quantize_rows(
+    x: torch.Tensor, act: Scheme, static: Sequence[torch.Tensor] = ()
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Activations in fp32, rounded to nearest even; see `quantize_values`, of which this is the number less the zero point.
 
-    Per token `q = round(x * (Q / absmax))`, the form that costs a kernel no division; in groups `q = round(x / s)`, as
-    the codec encodes everything else.
+    Returns:
+        `(q, s)`: values of the format, less the zero point, held in fp32 `[..., k]`, and scales `[..., groups]`, one group per
+        token, or `[1, ...]` for a tensor.
+    """
+    q, scale, zero = quantize_values(x, act, static)
+    return (q if zero is None else q - zero), scale
+
+
+def quantize_values(
+    x: torch.Tensor, act: Scheme, static: Sequence[torch.Tensor] = ()
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Activations in fp32, rounded to nearest even with `s = absmax / Q`, Q the format's largest value.
+
+    Per token `q = round(x * (Q / absmax))`, the form that costs a kernel no division; otherwise, and with a zero point,
+    `q = round(x / s) + z`, as the codec encodes everything else.
 
     Args:
         x: `[..., k]` fp32, finite.
-        act: a symmetric scheme of integers or of floats, per token or in groups along k.
+        act: a scheme of integers or of floats, per token, in groups along k, or for all of x; integers without a sign have a
+            zero point.
+        static: scale `[1]`, and zero point `[1]`, that were chosen before, for a scheme of all of x.
 
     Returns:
-        `(q, s)`: values of the format held in fp32 `[..., k]`, and scales `[..., groups]`, one group per token.
+        `(q, s, z)`: values of the format held in fp32 `[..., k]`; scales as `quantize_rows` has them; zero points, fp32, as
+        they meet values, or None.
     """
-    known = isinstance(act.granularity, PerToken | PerGroup) and act.format.kind in ("int", "float") and act.symmetric
-    if not known or act.rounding != "nearest":
+    known = isinstance(act.granularity, PerToken | PerGroup | PerTensor) and act.format.kind in ("int", "float")
+    with_zero = act.scale.zero == "z" and not act.format.signed and not isinstance(act.granularity, PerGroup)
+    if not known or not (act.symmetric or with_zero) or act.rounding != "nearest":
         raise QCError(
             "matmul.act",
             f"activation scheme {act} is not supported",
-            next="use int8/token (symmetric, one scale per row) or int8/g32:fp32 (one for each 32 values), to nearest",
+            next="use int8/token, uint8/token:fp32+z (one scale per row), int8/g32:fp32 (one for each 32 values) or "
+            "int8/tensor:fp32, to nearest",
         )
     top = act.format.max
-    if isinstance(act.granularity, PerGroup):
-        qparams = choose_qparams(x, act)
+    if static or not act.symmetric or not isinstance(act.granularity, PerToken):
+        qparams = QParams(*(t.reshape([1] * x.dim()) for t in static)) if static else choose_qparams(x, act)
         scale = effective_scale(qparams, act, x.dim())
-        return round_element((x / over_values(scale, act, x.shape)).nan_to_num(0.0), act.format), scale
+        zero = None if qparams.zero is None else qparams.zero.to(torch.float32)
+        return round_element((x / over_values(scale, act, x.shape)).nan_to_num(0.0), act.format, zero), scale, zero
     absmax = x.abs().amax(-1, keepdim=True)
     # One rounding, as in the kernels: a Python number divided by a tensor is its reciprocal times the number.
     inverse = torch.where(absmax > 0, torch.full_like(absmax, top) / absmax, torch.zeros_like(absmax))
     # A row whose absmax is subnormal makes 127/absmax overflow; clamping keeps its codes in range.
     scaled = (x * inverse).nan_to_num(0.0).clamp(-top, top)
-    return round_element(scaled, act.format), absmax / top
+    return round_element(scaled, act.format), absmax / top, None
 
 
 def over_values(scale: torch.Tensor, act: Scheme, shape: Sequence[int]) -> torch.Tensor:
-    """The scales of `quantize_rows` as they meet values of a shape: `[..., 1]` per token, `[..., k]` in groups."""
+    """The scales of `quantize_rows` as they meet values of a shape: `[..., k]` in groups, as they are otherwise."""
     return spread(scale, act.granularity.cell(len(shape)), shape) if isinstance(act.granularity, PerGroup) else scale
 
 
@@ -264,18 +300,18 @@ def reference_qmm(
     """
     step, lead = spec.parts_per_segment, x.shape[:-1]
     shapes, wanted = [tuple(t.shape) for t in (x, *extras)], spec.shapes(lead)
-    if len(parts) != step * len(spec.n) or shapes != wanted:
+    if len(parts) != step * len(spec.n) + spec.act_parts or shapes != wanted:
         raise QCError(
             "matmul.operands",
             f"qmm got {len(parts)} parts; x and extras of {shapes}",
-            why=f"spec {spec} needs {step} parts per segment, and {wanted}",
+            why=f"spec {spec} needs {step} parts per segment, {spec.act_parts} of the activation, and {wanted}",
         )
     wide = x.to(torch.float32)
     finite = torch.isfinite(wide).all(-1, keepdim=True)
     wide = torch.where(finite, wide, torch.zeros_like(wide))
     scale = None
     if spec.act is not None:
-        wide, scale = quantize_rows(wide, spec.act)
+        wide, scale = quantize_rows(wide, spec.act, parts[step * len(spec.n) :])
         if isinstance(spec.act.granularity, PerGroup):
             wide, scale = wide * over_values(scale, spec.act, wide.shape), None
     segments = []

@@ -99,7 +99,8 @@ def check_qmm(x: torch.Tensor, parts: Sequence[torch.Tensor], extras: Sequence[t
     step = what.parts_per_segment
     for i, n in enumerate(what.n):
         check_parts(parts[i * step : (i + 1) * step], what.weight, n, what.k)
-    if len(extras) != len(what.extras) or len(parts) != step * len(what.n):
+    act_parts = parts[step * len(what.n) :]
+    if len(extras) != len(what.extras) or [t.numel() for t in act_parts] != [1] * what.act_parts:
         raise QCError("matmul.operands", f"{len(parts)} parts and {len(extras)} extras for {spec}")
     for operand, shape in zip((x, *extras), what.shapes(x.shape[:-1]), strict=True):
         if operand.dim() != len(shape):

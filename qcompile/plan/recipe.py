@@ -20,7 +20,7 @@ import torch
 from qcompile.errors import QCError, suggest
 from qcompile.ir.codec import dequantize, quantize
 from qcompile.ir.fit import FITS, why_unfit
-from qcompile.ir.granularity import PerGroup, PerToken
+from qcompile.ir.granularity import PerGroup, PerTensor, PerToken
 from qcompile.ir.noise import ratio_db
 from qcompile.ir.scheme import Scheme
 from qcompile.plan.recipe_json import FIELDS, FILE, KEYS, VERSION, checked, plain, read, shown
@@ -303,14 +303,18 @@ def _check_act(act: Scheme | None, weight: Scheme | None) -> None:
             why="weight None (in a file: null) keeps a site float, activations included",
             next="give the rule a weight such as 'int8/g64', or leave act out",
         )
-    fits = isinstance(act.granularity, PerToken | PerGroup) and act.format.kind in ("int", "float") and act.symmetric
-    if not fits or not act.format.signed or act.scale.format.name != "fp32" or act.rounding != "nearest":
+    grouped = isinstance(act.granularity, PerGroup)
+    fits = isinstance(act.granularity, PerToken | PerTensor) or grouped
+    number = act.format.kind in ("int", "float") and (
+        act.symmetric if act.format.signed else act.scale.zero == "z" and not grouped
+    )
+    if not fits or not number or act.scale.format.name != "fp32" or act.rounding != "nearest":
         raise QCError(
             "recipe.act",
             f"activations cannot be {act}",
-            why="they are rounded to nearest as they come: signed integers or floats, no zero point, an fp32 scale per token "
-            "or group",
-            next="write int8/token, or int8/g32:fp32 for one scale for each 32 values, or e4m3/token",
+            why="they are rounded to nearest as they come, with an fp32 scale per token, group or tensor: signed integers or "
+            "floats, or unsigned integers with a zero point per token or tensor",
+            next="write int8/token, uint8/token:fp32+z, int8/g32:fp32 for one scale for each 32 values, or e4m3/token",
         )
 
 

@@ -1,14 +1,11 @@
-"""Kernel specs, verdicts and the order in which lowerings are asked."""
+"""Kernel specs, and what lowerings say to them."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import pytest
 import torch
 
 from qcompile.codegen.devices.cpu import CpuLowering, detect_isa
-from qcompile.codegen.registry import Kernel, Verdict, choose
 from qcompile.codegen.spec import KernelSpec, dtype_name
 from qcompile.errors import QCError
 from qcompile.ir.matmul import MatmulSpec
@@ -64,29 +61,6 @@ def test_isa_override(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QCOMPILE_ISA", "sse9")
     with pytest.raises(QCError, match="sse9"):
         detect_isa()
-
-
-@dataclass(frozen=True)
-class Never:
-    reason: str
-    op: str = "qmm"
-    device: str = "cpu"
-
-    def supports(self, spec: KernelSpec) -> Verdict:
-        return Verdict(False, self.reason)
-
-    def emit(self, spec: KernelSpec) -> Kernel:
-        raise AssertionError("asked after a refusal")
-
-
-def test_choice_keeps_the_reasons() -> None:
-    cpu = CpuLowering("portable")
-    choice = choose([Never("no"), Never("other", device="cuda"), cpu, Never("late")], "qmm", "cpu", KernelSpec(INT4))
-    assert choice.lowering is cpu
-    assert choice.refused == (("Never", "no"),)
-    nobody = choose([Never("a"), Never("b")], "qmm", "cpu", KernelSpec(INT4))
-    assert nobody.lowering is None
-    assert [reason for _, reason in nobody.refused] == ["a", "b"]
 
 
 def test_emit_refuses_with_the_reason() -> None:

@@ -102,6 +102,7 @@ BYTES_BUDGET = {
     ("int8/axis0", "int8/token"): (1.5, 1.6),
     ("uint4/axis0:fp32+z", "int8/token"): (2.5, 2.5),
     ("int3/axis0", "int8/token"): (1.7, 1.7),
+    ("int8/axis0", "uint8/token:fp32+z"): (1.6, 1.7),
     ("int8/g128:fp16", "int8/g128:fp32"): (2.5, 6.2),
     ("e4m3/axis0", "e4m3/token"): (1.6, 2.6),
     ("e4m3/b128x128:fp32", "e4m3/g128:fp32"): (2.2, 4.1),

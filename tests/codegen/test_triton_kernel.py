@@ -126,6 +126,14 @@ BYTES = [
     ("uint4/g128:fp16+z", "e4m3/g128:fp32"),
     ("uint4/axis0:fp32+z", "e4m3/g256:fp32"),
     ("e2m1/g128:e8m0", "e4m3/token"),
+    ("int8/axis0", "uint8/token:fp32+z"),
+    ("uint4/axis0:fp32+z", "uint8/token:fp32+z"),
+    ("int3/axis0", "uint6/token:fp32+z"),
+    ("int4/g128:fp16", "uint8/token:fp32+z"),
+    ("uint4/g256:fp16+z", "uint8/tensor:fp32+z"),
+    ("uint8/g64:fp16+z", "uint8/token:fp32+z"),
+    ("int8/axis0", "int8/tensor:fp32"),
+    ("e4m3/axis0", "e4m3/tensor:fp32"),
 ]
 
 
@@ -152,10 +160,11 @@ def test_product_of_bytes(scheme: str, act: str, x: str, tile: Tile, m: int, n: 
     assert (y[m // 2] == 0).all()
 
 
+@pytest.mark.parametrize("act", ["int8/token", "uint8/token:fp32+z", "uint8/tensor:fp32+z"])
 @pytest.mark.parametrize("scheme", ["int8/axis0", "uint4/axis0:fp32+z", "int3/tensor", "binary/axis0"])
-def test_sums_of_bytes_are_exact(scheme: str) -> None:
+def test_sums_of_bytes_are_exact(scheme: str, act: str) -> None:
     """One scale for a row: the integer sum and two roundings, bit for bit, whatever the splits."""
-    spec = spec_of(scheme, "f32", act="int8/token")
+    spec = spec_of(scheme, "f32", act=act)
     n, k = 37, 1100
     x, parts = torch.randn(5, k), quantize(weight(n, k, 1), spec.weight)
     q, s = quantize_rows(x, spec.act)  # type: ignore[arg-type]
@@ -166,8 +175,32 @@ def test_sums_of_bytes_are_exact(scheme: str) -> None:
         assert torch.equal(run(spec, x, parts, [], [n], k, tile), want)
 
 
-def test_segments_and_pairs_of_bytes() -> None:
-    spec = spec_of("uint4/g128:fp16+z", "bf16", act="int8/token", segments=2, epilogue="silu(a0)*a1")
+@pytest.mark.parametrize("act", ["int8/tensor:fp32", "uint8/tensor:fp32+z", "e4m3/tensor:fp32"])
+def test_scales_that_were_chosen_before(act: str) -> None:
+    """Values beyond their range go to its end; a row that is not finite is NaN, and leaves the others alone."""
+    spec, n, k = spec_of("int8/axis0" if "8/" in act else "e4m3/axis0", "f32", act=act), 20, 70
+    parts = quantize(weight(n, k, 1), spec.weight)
+    x = torch.randn(6, k, generator=torch.Generator().manual_seed(2)) * torch.tensor([1.0, 1, 0.1, 20, 1, 0])[:, None]
+    static = [torch.tensor([0.02])] + [torch.tensor([100], dtype=torch.uint8)] * (not spec.act.symmetric)  # type: ignore[union-attr]
+    for tile in TILES[:2]:
+        y = run(spec, x, parts, [], [n], k, tile, static=static)
+        want = expected(spec, x, parts, n, k, static=static)
+        assert ((y.double() - want.value).abs() <= allowed(want.value, want.bound, "f32")).all()
+        for bad in (float("nan"), float("inf")):
+            broken = x.clone()
+            broken[2, 3] = bad
+            got = run(spec, broken, parts, [], [n], k, tile, static=static)
+            assert got[2].isnan().all()
+            assert torch.equal(got[[0, 1, 3, 4, 5]], y[[0, 1, 3, 4, 5]])
+    low, top = spec.act.format.low, spec.act.format.max  # type: ignore[union-attr]
+    zero = 100 if len(static) > 1 else 0
+    assert torch.equal(quantize_rows(x[3:4], spec.act, static)[0].amax(), torch.tensor(top - zero))  # type: ignore[arg-type]
+    assert torch.equal(quantize_rows(x[3:4], spec.act, static)[0].amin(), torch.tensor(low - zero))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("act", ["int8/token", "uint8/token:fp32+z"])
+def test_segments_and_pairs_of_bytes(act: str) -> None:
+    spec = spec_of("uint4/g128:fp16+z", "bf16", act=act, segments=2, epilogue="silu(a0)*a1")
     n, k, x = 37, 260, torch.randn(18, 260).bfloat16()
     parts = [quantize(weight(n, k, i), spec.weight) for i in (3, 4)]
     flat = [p for part in parts for p in part]

@@ -19,9 +19,9 @@ from torch._inductor.utils import run_and_get_code
 
 from qcompile import Recipe, Rule, convert, explain, load, save
 from qcompile.backend import watching
-from qcompile.codegen import eager
+from qcompile.codegen import eager, inductor
 from qcompile.codegen.devices import triton
-from qcompile.codegen.devices.triton_bounds import ROUNDOFF
+from qcompile.codegen.devices.triton_bounds import ROUNDOFF, expected
 from qcompile.codegen.devices.triton_rotate import expected as turned
 from qcompile.codegen.spec import KernelSpec
 from qcompile.errors import QCError
@@ -108,6 +108,7 @@ def test_schemes(scheme: str) -> None:
     [
         ("int8/axis0", "int8/token", 0.5 / 127),
         ("uint4/g128:fp16+z", "int8/token", 0.5 / 127),
+        ("int8/axis0", "uint8/token:fp32+z", 1.0 / 255),
         ("e4m3/axis0", "e4m3/token", 2.0**-4),
         ("e4m3/b128x128:fp32", "e4m3/g128:fp32", 2.0**-4),
     ],
@@ -247,3 +248,32 @@ def test_eager_calls() -> None:
         eager.qmm_on_gpu(x, parts, [], text)
     with pytest.raises(QCError, match=r"packing\.shape|codec\.parts"):
         eager.qmm_on_gpu(x, [parts[0][:1], parts[1]], [bias], text)
+
+
+@pytest.mark.parametrize("act", ["int8/tensor:fp32", "uint8/tensor:fp32+z"])
+def test_static_activations(act: str) -> None:
+    """Scale and zero point are operands of the graph: codes are made by one kernel of Inductor's, without a reduction."""
+    torch.manual_seed(0)
+    text, x = f"int8/axis0@mma8 n=32 k=128 act={act} static", torch.randn(7, 128).bfloat16()
+    parts = quantize(torch.randn(32, 128), "int8/axis0@mma8")
+    static = [torch.tensor([0.03])] + [torch.tensor([90], dtype=torch.uint8)] * ("+z" in act)
+
+    def call(x: Tensor, *parts: Tensor) -> Tensor:
+        y: Tensor = torch.ops.qcompile.qmm(x * 2, list(parts), [], text)
+        return y
+
+    inductor.install()
+    out, (code,) = run_and_get_code(torch.compile(call), x, *parts, *static)
+    called = launches(code.partition("def call(")[2].partition("return")[0])
+    assert called[-1] == "qcompile_qmm"
+    assert len(called) <= 3
+    spec = KernelSpec.of(MatmulSpec.parse(text), x.dtype, x.dtype)
+    want = expected(spec, x * 2, parts, 32, 128, static=static)
+    bound = want.bound + ROUNDOFF["bf16"] * (want.value.abs() + want.bound)
+    assert ((out.double() - want.value).abs() <= bound).all()
+    assert torch.equal(eager.qmm_on_gpu(x * 2, [*parts, *static], [], text), out)
+    plain = ops.qmm_reference(x * 2, [*parts, *static], [], text)
+    # Both are within the bound of sums of integers, and round once.
+    assert ((plain.double() - want.value).abs() <= bound + 130 * 2.0**-24 * want.value.abs().amax()).all()
+    with pytest.raises(QCError, match=r"matmul\.operands"):
+        eager.qmm_on_gpu(x, parts, [], text)
