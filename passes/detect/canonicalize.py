@@ -22,7 +22,7 @@ from qcompile.passes.base import Pass, PassContext
 from qcompile.passes.detect.einsum import einsum_terms
 from qcompile.passes.detect.inline import inline_calls
 from qcompile.passes.detect.weights import constant_nodes
-from qcompile.passes.match import argument, insert, op_name, same, same_tensor, shape_of, transformed, value_of
+from qcompile.passes.match import argument, hint, insert, op_name, same, same_tensor, shape_of, transformed, value_of
 
 MAX_STACKED = 64
 LINEAR = F.linear
@@ -127,6 +127,8 @@ def _bmm_nodes(build: _Builder, a: fx.Node, b: fx.Node) -> fx.Node | None:
     if left is None or right is None or len(right) != 3 or len(left) not in (2, 3):
         return None
     if len(left) == 3 and not same(left[:1], right[:1]):
+        return None
+    if hint(right[0]) == 0:  # no member to take a weight from
         return None
     if value.stride(0) == 0 and len(left) == 3:  # one matrix expanded over the batch
         return build.linear(a, build.call(torch.t, build.call(torch.select, b, 0, 0)))

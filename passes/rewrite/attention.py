@@ -58,9 +58,11 @@ def _rewrite(graph: fx.Graph, node: fx.Node, effects: Mapping[fx.Node, int]) -> 
         heads, shared = hint(shape[1]), hint(kv[1])
         if not heads or not shared or heads == shared or heads % shared or shape_of(values)[1] != kv[1]:  # type: ignore[index]
             return
-        rows = insert(graph, torch.reshape, q, (shape[0], shared, heads // shared, shape[3]), like=node)
+        # By views that name no size but heads: others may be symbols, which are no constants of a graph.
+        rows = insert(graph, torch.squeeze, q, 2, like=node)
+        rows = insert(graph, torch.unflatten, rows, 1, (shared, heads // shared), like=node)
         new = insert(graph, F.scaled_dot_product_attention, rows, keys, values, attn_mask=mask, scale=scale, like=node)
-        back = insert(graph, torch.reshape, new, (shape[0], heads, 1, shape_of(v)[3]), like=node)  # type: ignore[index]
+        back = insert(graph, torch.unsqueeze, insert(graph, torch.flatten, new, 1, 2, like=node), 2, like=node)
     node.replace_all_uses_with(back)
     graph.erase_node(node)
 

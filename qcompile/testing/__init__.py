@@ -2,5 +2,5 @@
 
 `strategies` generates formats, schemes, shapes and values (Hypothesis); `oracles` states the laws in the
 plainest way, element by element in exact arithmetic, to compare fast code with. Import the modules: only
-`strategies`, `problems` and `fuzz` need Hypothesis, and say so where it is missing.
+`strategies`, `problems`, `graphs` and `fuzz` need Hypothesis, and say so where it is missing.
 """

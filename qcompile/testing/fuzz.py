@@ -1,44 +1,102 @@
-"""`fuzz`: look for an input on which a kernel is wrong, as long as asked.
+"""`fuzz`: look for an input on which a kernel or a pass is wrong, as long as asked.
 
-Hypothesis finds it and makes it small; the message says which element, by how much, and what would have been allowed.
+Hypothesis finds it and makes it small. For a kernel the message says which element, by how much, and what would have been
+allowed; for a pass, which law it breaks, and on which model.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, overload
 
 from torch import Tensor
 
-from qcompile.testing.hypotheses import HealthCheck, SearchStrategy, given, seed, settings
+from qcompile.errors import QCError
+from qcompile.passes.base import Pass
+from qcompile.testing.capture import Place
+from qcompile.testing.graphs import Model
+from qcompile.testing.hypotheses import HealthCheck, Phase, SearchStrategy, given, seed, settings
 from qcompile.testing.problems import Problem
+from qcompile.testing.rewrites import Laws, check_model
+
+_SIMPLER = 80  # models tried on the way to a smaller one
 
 
+@overload
 def fuzz(
-    kernel: Callable[[Problem], Tensor],
-    problems: SearchStrategy[Problem],
+    subject: Callable[[Problem], Tensor],
+    inputs: SearchStrategy[Problem],
     *,
     examples: int = 100,
     seconds: float = 0.0,
     start: int = 0,
+) -> int: ...
+
+
+@overload
+def fuzz(
+    subject: Pass | Sequence[Pass],
+    inputs: SearchStrategy[Model],
+    *,
+    examples: int = 100,
+    seconds: float = 0.0,
+    start: int = 0,
+    options: Mapping[str, Any] = ...,
+    place: Place | None = None,
+    like: Pass | None = None,
+    function: bool = True,
+    twice: bool = True,
+    compiled: bool = False,
+) -> int: ...
+
+
+def fuzz(
+    subject: Any,
+    inputs: SearchStrategy[Any],
+    *,
+    examples: int = 100,
+    seconds: float = 0.0,
+    start: int = 0,
+    **laws: Any,
 ) -> int:
-    """Call a kernel on problems and check every result.
+    """Try a kernel on problems, or a pass on models, and check every result.
 
     Args:
-        kernel: takes a problem, gives `[m, n]`.
-        problems: see `qcompile.testing.problems.problems`.
-        examples: problems of one round, the same in every process.
-        seconds: go on with further rounds, of other problems, until so much time is over.
-        start: number of the first round: other problems for every number.
+        subject: a kernel, which takes a problem and gives `[m, n]`; or a pass; or several passes, each of which works on
+            what the one before it made.
+        inputs: `qcompile.testing.problems.problems(...)` or `qcompile.testing.graphs.models(...)`.
+        examples: inputs of one round, the same in every process.
+        seconds: go on with further rounds, of other inputs, until so much time is over.
+        start: number of the first round: other inputs for every number.
+        laws: for passes, what they promise: the attributes of `qcompile.testing.rewrites.Laws`.
 
     Returns:
-        How many problems were tried.
+        How many inputs were tried.
 
     Raises:
-        AssertionError: the smallest problem found on which the result is further off than derived.
-        Exception: whatever the kernel raises, with the smallest problem found.
+        AssertionError: for the smallest input found on which a result is further off than derived, or a law is broken.
+        Exception: whatever the kernel or the pass raises, with the smallest input found.
     """
-    tried, began = 0, time.monotonic()
+    passes = [subject] if isinstance(subject, Pass) else list(subject) if isinstance(subject, Sequence) else []
+    if not all(isinstance(item, Pass) for item in passes) or not (passes or callable(subject)):
+        raise QCError(
+            "testing.subject", f"neither a kernel nor passes: {subject}", next="give instances of qcompile.Pass"
+        )
+    promised, tried, began = Laws(**laws), 0, time.monotonic()
+    found: list[tuple[Model, Exception]] = []
+
+    def try_one(example: Any) -> None:
+        if not passes:
+            example.check(subject(example))
+        elif not found:  # Hypothesis tries what failed again
+            try:
+                check_model(passes, example, promised)
+            except Exception as error:
+                found.append(_smallest(example, error, lambda model: check_model(passes, model, promised)))
+        if found:
+            raise AssertionError("found")
+
     for number in range(start, 2**31):
 
         @seed(number)
@@ -47,15 +105,47 @@ def fuzz(
             deadline=None,
             database=None,
             derandomize=False,
+            phases=[Phase.generate] if passes else [Phase.generate, Phase.shrink],
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.nested_given],
         )
-        @given(problems)
-        def round_of(problem: Problem) -> None:
+        @given(inputs)
+        def round_of(example: Any) -> None:
             nonlocal tried
             tried += 1
-            problem.check(kernel(problem))
+            try_one(example)
 
-        round_of()
+        more = "".join(f", {name}={value!r}" for name, value in laws.items())
+        again = f"found in round {number}: fuzz(..., start={number}{more}) finds it again"
+        try:
+            round_of()
+        except Exception as error:
+            if not found:
+                error.add_note(again)
+                raise
+        if found:
+            model, wrong = found[0]
+            wrong.add_note(f"on this model:\n{model.code}\n{again}")
+            raise wrong
         if time.monotonic() - began >= seconds:
             break
     return tried
+
+
+def _smallest(model: Model, error: Exception, check: Callable[[Model], None]) -> tuple[Model, Exception]:
+    """A simpler model that fails in the same way (an exception of that type), and how it fails. Models are made smaller as
+    what they are: Hypothesis, which knows numbers, takes ten times the compiles."""
+    budget, smaller = _SIMPLER, True
+    while smaller and budget:
+        smaller = False
+        for candidate in model.simpler():
+            if not budget:
+                break
+            budget -= 1
+            try:
+                check(candidate)
+            except type(error) as found:
+                model, error, smaller = candidate, found, True
+                break
+            except Exception:
+                continue
+    return model, error

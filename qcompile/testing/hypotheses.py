@@ -1,5 +1,5 @@
-"""What `strategies`, `problems` and `fuzz` use of Hypothesis, which is no requirement of the package: where it is missing,
-the import says what to install.
+"""What `strategies`, `problems`, `graphs` and `fuzz` use of Hypothesis, which is no requirement of the package: where it is
+missing, the import says what to install.
 """
 
 from __future__ import annotations
@@ -7,15 +7,15 @@ from __future__ import annotations
 from qcompile.errors import QCError
 
 try:
-    from hypothesis import HealthCheck, given, seed, settings
+    from hypothesis import HealthCheck, Phase, given, seed, settings
     from hypothesis import strategies as st
     from hypothesis.strategies import DrawFn, SearchStrategy
 except ModuleNotFoundError as error:
     raise QCError(
         "testing.no-hypothesis",
         "There is no Hypothesis to look for inputs with.",
-        why="qcompile.testing.strategies, .problems and .fuzz are built on it, and qcompile does not require it",
+        why="qcompile.testing.strategies, .problems, .graphs and .fuzz are built on it, and qcompile does not require it",
         next="install the package hypothesis",
     ) from error
 
-__all__ = ["DrawFn", "HealthCheck", "SearchStrategy", "given", "seed", "settings", "st"]
+__all__ = ["DrawFn", "HealthCheck", "Phase", "SearchStrategy", "given", "seed", "settings", "st"]

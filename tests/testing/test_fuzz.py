@@ -20,7 +20,7 @@ WEIGHT = "uint4/g32:fp16+z@mma16"
 # What is wrong, in the words of the kernel's text: the generated piece, and the bug in its place.
 BUGS = {
     "swapped nibbles": ("& 0xf000f)", "& 0xf000f0)"),
-    "wrong zero point": ("* s\\n", "* s + s\\n"),
+    "wrong zero point": ("- z, DT)", "+ z, DT)"),
     "no mask at the end of K": (", mask=k < K, other=0.0)", ")"),
 }
 

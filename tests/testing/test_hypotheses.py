@@ -10,9 +10,9 @@ import pytest
 from qcompile import QCError
 
 
-@pytest.mark.parametrize("name", ["fuzz", "problems", "strategies"])
+@pytest.mark.parametrize("name", ["fuzz", "graphs", "problems", "strategies"])
 def test_no_hypothesis(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("fuzz", "problems", "strategies", "hypotheses"):
+    for module in ("capture", "fuzz", "graphs", "problems", "rewrites", "strategies", "hypotheses"):
         monkeypatch.delitem(sys.modules, f"qcompile.testing.{module}", raising=False)
     monkeypatch.setitem(sys.modules, "hypothesis", None)
     with pytest.raises(QCError) as caught:
