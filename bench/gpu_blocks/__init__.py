@@ -39,6 +39,7 @@ BLOCKS = (
     Block(1, "subnormals", "are subnormal operands exact on the tensor cores?", 25, 8),
     Block(2, "correctness", "every kind of kernel, by real launches", 50, 22),
     Block(3, "weight4", "4-bit weights, few rows: which tile", 95, 32),
+    Block(4, "chain", "products in a row: what an early begin is worth (PDL)", 20, 5),
     Block(5, "band", "4-bit weights, 32 to 2048 rows: fused, decoded once, bf16", 50, 14),
     Block(6, "eight", "8 bits x 8 bits, many rows, with and without quantizing", 55, 14),
     Block(7, "formats", "other formats, few rows", 35, 12),

@@ -18,6 +18,7 @@ from qcompile import compat
 from qcompile.codegen.devices.triton_decoded import can_decode, decoded
 from qcompile.codegen.devices.triton_lines import Layout, integer_sums
 from qcompile.codegen.devices.triton_numbers import Bytes, byte_operand, why_no_bytes
+from qcompile.codegen.devices.triton_overlap import begin_with_weights
 from qcompile.codegen.devices.triton_text import Text, kernel_text
 from qcompile.codegen.registry import Verdict
 from qcompile.codegen.spec import LONG_K, KernelSpec
@@ -193,6 +194,7 @@ class Matmul:
             x, *operands, work, tickets, m, k, ldx, *sizes,
             BM=tile.rows, BN=tile.columns, KC=tile.units, SPLIT=tile.splits, STAGES=tile.stages,
             EVEN=k % self.text.layout.unit == 0, num_warps=tile.warps, num_stages=tile.stages,
+            **begin_with_weights(x.device, tile.rows * tile.columns, tile.units, tile.stages),
         )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ import torch
 from qcompile import compat
 from qcompile.codegen.devices.triton import zeros_of_stream
 from qcompile.codegen.devices.triton_attention_text import HEADS, AttentionSpec, AttentionText, attention_text
+from qcompile.codegen.devices.triton_overlap import begin
 from qcompile.errors import QCError
 from qcompile.ir.kvcache import Cache, CacheLayout
 from qcompile.ir.packing import ceil_div
@@ -117,6 +118,7 @@ def decode_attention(
         q, *(part.view(torch.int32) for part in cache.parts), table, lengths, y, work, tickets, exponent,
         kv, group, chunks, table.shape[1], table.stride(0), q.stride(0), q.stride(1), y.stride(0), y.stride(1),
         NH=columns, NATURAL=block.natural, STAGES=block.stages, num_warps=block.warps, num_stages=block.stages,
+        **begin(q.device),
     )  # fmt: skip
     return y
 

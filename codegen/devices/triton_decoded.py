@@ -14,6 +14,7 @@ import torch
 
 from qcompile import compat
 from qcompile.codegen.devices.triton_lines import Layout
+from qcompile.codegen.devices.triton_overlap import begin
 from qcompile.codegen.devices.triton_text import decode_text, finish_text
 from qcompile.codegen.spec import KernelSpec
 from qcompile.ir.packing import ceil_div
@@ -61,14 +62,17 @@ class Decoded:
         for i, rows in enumerate(weight.split(list(n))):
             grid = (ceil_div(n[i], COLUMNS), ceil_div(k, self.layout.unit))
             own = parts[i * each : (i + 1) * each]
-            self.decode[grid](rows, *own, n[i], k, k, BN=COLUMNS, KC=1, num_warps=WARPS)
+            self.decode[grid](rows, *own, n[i], k, k, BN=COLUMNS, KC=1, num_warps=WARPS, **begin(x.device))
         if self.finish is None:
             torch.mm(x, weight.t(), out=y.view(m, -1))
             return
         sums = compat.mm_float32(x, weight.t())
         columns = n[0] if self.spec.paired else sum(n)
         grid = (ceil_div(m, ROWS), ceil_div(columns, COLUMNS))
-        self.finish[grid](sums, *extras, y, m, columns, sums.stride(0), *strides, BM=ROWS, BN=COLUMNS, num_warps=WARPS)
+        self.finish[grid](
+            sums, *extras, y, m, columns, sums.stride(0), *strides,
+            BM=ROWS, BN=COLUMNS, num_warps=WARPS, **begin(x.device),
+        )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=512)

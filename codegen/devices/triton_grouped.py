@@ -17,6 +17,7 @@ import torch
 
 from qcompile import compat
 from qcompile.codegen.devices.triton import Tile, cut, family, fit, quantize_input, zeros_of_stream
+from qcompile.codegen.devices.triton_overlap import begin
 from qcompile.codegen.devices.triton_text import Text, kernel_text
 from qcompile.codegen.spec import KernelSpec
 from qcompile.codegen.tuning.triton import shape_for
@@ -97,7 +98,7 @@ class Grouped:
             x, *operands, work, tickets, m, k, experts, ldx, *sizes,
             BM=tile.rows, BN=tile.columns, KC=tile.units, SPLIT=tile.splits, STAGES=tile.stages,
             EVEN=k % self.text.layout.unit == 0, EXPERTS=max(LEAST, 1 << (experts - 1).bit_length()),
-            num_warps=tile.warps, num_stages=tile.stages,
+            num_warps=tile.warps, num_stages=tile.stages, **begin(x.device),
         )  # fmt: skip
 
 

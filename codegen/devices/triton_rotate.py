@@ -23,6 +23,7 @@ import torch
 
 from qcompile import compat
 from qcompile.codegen.devices.triton_bounds import ROUNDOFF, SMALLEST, UNIT, Expected, gamma
+from qcompile.codegen.devices.triton_overlap import begin
 from qcompile.codegen.devices.triton_text import template
 from qcompile.codegen.registry import Verdict
 from qcompile.errors import QCError
@@ -179,7 +180,7 @@ class Rotate:
         compat.triton_kernel(text_of(rotation, panels))[ceil_div(k, panels * used), tile.splits](
             x, matrix, *signs, y, m, k, ldx, 1 / math.sqrt(rotation.size),
             R=tile.rows, P=tile.width, USED=used, STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
-            EVEN=used == tile.width and k % (panels * used) == 0, FULL=m >= tile.rows,
+            EVEN=used == tile.width and k % (panels * used) == 0, FULL=m >= tile.rows, **begin(x.device),
         )  # fmt: skip
 
 

@@ -22,6 +22,8 @@ from qcompile.codegen.devices.triton_floats import Exact
 from qcompile.codegen.devices.triton_instructions import HELPERS as INSTRUCTIONS
 from qcompile.codegen.devices.triton_lines import Codes, Layout, storage
 from qcompile.codegen.devices.triton_numbers import Bytes, IntegerDecode, Numbers, byte_operand
+from qcompile.codegen.devices.triton_overlap import FEW, SMALL, ahead_lines
+from qcompile.codegen.devices.triton_overlap import HELPERS as OVERLAP
 from qcompile.codegen.spec import KernelSpec
 from qcompile.ir.scheme import Scheme
 
@@ -31,6 +33,7 @@ BYTE_TYPES = {"i8": "i8", "e4m3": "fp8e4nv"}
 
 # Device functions: a text has those that it calls.
 HELPERS = {
+    **OVERLAP,
     **INSTRUCTIONS,
     "wide": '''@triton.jit
 def wide(values, DT: tl.constexpr):
@@ -89,6 +92,8 @@ def kernel_text(spec: KernelSpec, decode: IntegerDecode = "subnormal", *, expert
     sizes += ["ldx", *(f"N{i}" for i in range(spec.segments)), *_strides(spec)]
     text = {"before": lines.before(), "body": lines.loop(), "after": lines.after(), "epilogue": lines.epilogue()}
     text["closing"] = lines.closing()
+    # Which expert's weight a block reads, a kernel before tells: it cannot ask for any before it has waited.
+    text["ahead"] = [] if experts else ahead_lines(lines, parts)
     source = template("matmul").render(
         **_places(spec, layout, lines),
         helpers=_helpers(text),
@@ -98,6 +103,8 @@ def kernel_text(spec: KernelSpec, decode: IntegerDecode = "subnormal", *, expert
         of_expert=_of_expert(spec, layout, lines.names) if experts else [],
         operand=_OPERANDS[name],
         segments=spec.segments,
+        few=FEW,
+        small=SMALL,
         choose=[name for name, _ in parts] if spec.segments > 1 and not spec.paired else [],
         mode=layout.mode,
         lanes=spec.act is None and (layout.mode == "operand" or spec.weight.scale.zero is not None),

@@ -42,7 +42,16 @@ from qcompile.compat.inductor import (
     inductor_options,
     inner_compile,
 )
-from qcompile.compat.jit import capturing, gpu, mm_float32, stream, triton_kernel, triton_version, writes_triton
+from qcompile.compat.jit import (
+    architecture,
+    capturing,
+    gpu,
+    mm_float32,
+    stream,
+    triton_kernel,
+    triton_version,
+    writes_triton,
+)
 from qcompile.compat.lowering import (
     contiguous,
     cpp_binding,
@@ -71,6 +80,7 @@ __all__ = [
     "EagerFlops",
     "Fingerprint",
     "add_placeholder",
+    "architecture",
     "capturing",
     "clone_graph",
     "compile_example",

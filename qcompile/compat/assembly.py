@@ -83,6 +83,7 @@ _INSTRUCTIONS: MappingProxyType[str, Callable[..., Any]] = MappingProxyType(
         "lop3.b32": _lop3,
         "prmt.b32": choose_bytes,
         "cvt.rn.bf16x2.f32": lambda high, low: _halves(narrow(low), narrow(high)),
+        "prefetch.global.L2": lambda: None,  # of an address, which is in the place of a target
         "fma.rn.bf16x2": _fma(widen, _bf16),
         "fma.rn.f16x2": _fma(lambda h: h.view(np.float16), _f16),
     }
@@ -110,7 +111,12 @@ def run(text: str, outputs: int, inputs: list[Any]) -> list[Any]:
 
 
 def replace_assembly(stack: ExitStack, interpreter: Any) -> None:
-    """`tl.inline_asm_elementwise` of words, while `stack` is open."""
+    """`tl.inline_asm_elementwise` of words, while `stack` is open, and the two instructions of dependent launches: here a
+    kernel runs when the one before it has ended."""
+    from triton.language.extra import cuda
+
+    for name in ("gdc_wait", "gdc_launch_dependents"):
+        replace(stack, cuda, name, lambda: None)
 
     def create_inline_asm(
         self: Any, text: str, constraints: str, values: Any, types: Any, pure: bool, pack: int

@@ -80,6 +80,16 @@ def gpu(device: torch.device) -> Gpu:
     return Gpu(name.partition(":")[0], about.multi_processor_count, shared)
 
 
+def architecture(device: torch.device) -> str:
+    """That of a GPU, "" for what is none. For "meta", whose kernels only compile, that of Triton's target."""
+    if device.type != "meta":
+        return gpu(device).architecture
+    from triton.runtime import driver
+
+    target = driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+
+
 def stream(device: torch.device) -> int:
     """The stream that work for a device goes to, 0 where there is none."""
     return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0

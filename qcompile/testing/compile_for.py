@@ -20,7 +20,7 @@ from rich.table import Table
 from qcompile.compat import aot, triton_version
 from qcompile.errors import QCError, suggest
 from qcompile.testing.interpret import interpret
-from qcompile.testing.sass import Counts, count, main_loop, parse_amdgcn, parse_sass
+from qcompile.testing.sass import Counts, count, main_loop, parse_amdgcn, parse_sass, unwaited
 from qcompile.testing.source import pointers_of
 
 
@@ -83,6 +83,8 @@ class Report:
         shared: bytes of shared memory per block.
         tensor_memory: columns of tensor memory per block (sm_100).
         threads: threads per block.
+        unwaited: opcodes that some way through the kernel reaches before it has waited for the kernel before: loads and
+            stores of global memory, the start of the next kernel, exits. Of a kernel that never waits, all of them.
         options: what the kernel was compiled with: num_warps, num_stages and others.
         texts: the compiler's texts by kind: ttir, ttgir, llir, then ptx and sass, or amdgcn.
     """
@@ -95,6 +97,7 @@ class Report:
     threads: int
     whole: Counts
     loop: Counts
+    unwaited: tuple[str, ...] = field(repr=False)
     options: Mapping[str, Any] = field(repr=False)
     texts: Mapping[str, str] = field(repr=False)
 
@@ -155,7 +158,7 @@ class Report:
 def _told(counts: Counts) -> str:
     operands = {f"{name or '?'} {opcode}": n for name, found in counts.operands.items() for opcode, n in found.items()}
     parts = [f"{n} {name}" for name, n in {**counts.mma, **operands, **counts.shared}.items()]
-    others = ("shuffles", "i2f", "arrives", "setmaxnreg", "barriers")
+    others = ("shuffles", "i2f", "arrives", "setmaxnreg", "barriers", "waits", "releases", "prefetches")
     return ", ".join(parts + [f"{getattr(counts, name)} {name}" for name in others if getattr(counts, name)])
 
 
@@ -371,6 +374,7 @@ def _report(entry: aot.Launch, target: Target, built: aot.Built) -> Report:
         threads=built.threads,
         whole=count(code.instructions, pointers),
         loop=count(main_loop(code), pointers),
+        unwaited=tuple(one.opcode for one in unwaited(code)),
         options=MappingProxyType(dict(entry.options)),
         texts=MappingProxyType(dict(built.texts)),
     )

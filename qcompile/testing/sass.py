@@ -22,14 +22,16 @@ class Instruction:
     """One instruction: its opcode with modifiers, where it may continue, and the place in the source it came from.
 
     `targets` are the labels it may jump to; `falls` says whether the next instruction may follow; `never` that it is
-    there to be issued only (`@!PT LDS`, which waits for something); `place` is in the outermost function (the kernel's,
-    where helpers are inlined), or None when the compiler kept none.
+    there to be issued only (`@!PT LDS`, which waits for something); `guarded` that a predicate decides
+    whether it runs; `place` is in the outermost function (the kernel's, where helpers are inlined), or None when the
+    compiler kept none.
     """
 
     opcode: str
     targets: tuple[str, ...] = ()
     falls: bool = True
     never: bool = False
+    guarded: bool = False
     place: Place | None = None
 
 
@@ -61,6 +63,9 @@ class Counts:
         arrives: WARPGROUP.ARRIVE: more than one per dot means that the assembler serialised them.
         setmaxnreg: USETMAXREG: registers are moved between specialised warps.
         barriers: BAR (s_barrier on AMD).
+        waits: ACQBULK, PTX's griddepcontrol.wait: for the kernel before this one to have ended.
+        releases: PREEXIT, PTX's griddepcontrol.launch_dependents: the next kernel may begin.
+        prefetches: CCTL...PF: of memory into a cache.
         spill_bytes: bytes per thread that loads and stores of spilled registers move.
     """
 
@@ -75,6 +80,9 @@ class Counts:
     arrives: int = 0
     setmaxnreg: int = 0
     barriers: int = 0
+    waits: int = 0
+    releases: int = 0
+    prefetches: int = 0
     spill_bytes: int = 0
 
     @property
@@ -105,6 +113,9 @@ _KINDS: Mapping[str, re.Pattern[str]] = {
     "arrives": _starts(r"WARPGROUP\.ARRIVE\b"),
     "setmaxnreg": _starts(r"USETMAXREG\b"),
     "barriers": _starts(r"BAR\b", r"s_barrier"),
+    "waits": _starts(r"ACQBULK\b"),
+    "releases": _starts(r"PREEXIT\b"),
+    "prefetches": _starts(r"CCTL\S*\.PF"),
     "spills": _starts(r"(?:STL|LDL)\b", r"scratch_(?:load|store)_"),
 }
 # Bytes by the last part of an opcode that tells: of SASS (4 when none does), then of AMDGCN.
@@ -141,7 +152,8 @@ def parse_sass(text: str, ptx: str = "") -> Code:
             guard, opcode, operands = found.groups()
             conditional = bool(guard) or re.match(r"!?U?[PR]\w*,", operands) is not None
             opcode += shape if re.fullmatch(r"UTC[A-Z]*MMA", opcode) else ""
-            reader.add(opcode, operands, conditional=conditional, never=guard in ("!PT", "!UPT"))
+            never = guard in ("!PT", "!UPT")
+            reader.add(opcode, operands, conditional=conditional, never=never, guarded=bool(guard))
     return reader.code()
 
 
@@ -207,11 +219,13 @@ class _Reader:
     def label(self, name: str) -> None:
         self.labels[name] = len(self.instructions)
 
-    def add(self, opcode: str, operands: str | None, *, conditional: bool, never: bool = False) -> None:
+    def add(
+        self, opcode: str, operands: str | None, *, conditional: bool, never: bool = False, guarded: bool = False
+    ) -> None:
         jumps, ends = _JUMPS.match(opcode) is not None, _ENDS.match(opcode) is not None
         targets = tuple(re.findall(r"\.L\w+", operands or "")) if jumps else ()
         falls = conditional if jumps or ends else True
-        self.instructions.append(Instruction(opcode, targets, falls, never, self.place))
+        self.instructions.append(Instruction(opcode, targets, falls, never, guarded, self.place))
 
     def code(self) -> Code:
         return Code(tuple(self.instructions), self.labels)
@@ -245,6 +259,9 @@ def count(instructions: Iterable[Instruction], pointers: Callable[[Place | None]
         arrives=kinds["arrives"].total(),
         setmaxnreg=kinds["setmaxnreg"].total(),
         barriers=kinds["barriers"].total(),
+        waits=kinds["waits"].total(),
+        releases=kinds["releases"].total(),
+        prefetches=kinds["prefetches"].total(),
         spill_bytes=sum(width(opcode) * number for opcode, number in kinds["spills"].items()),
     )
 
@@ -261,6 +278,23 @@ def _families(opcodes: Mapping[str, int]) -> dict[str, int]:
         found = re.match(r"ds_[a-z]+|[A-Z]+", opcode)
         families[found[0] if found else opcode] += number
     return dict(families)
+
+
+def unwaited(code: Code) -> tuple[Instruction, ...]:
+    """What some way through a kernel reaches before it has waited for the kernel before it: loads and stores of global
+    memory, the start of the next kernel, and exits. Nothing, for a kernel that may begin before that one has ended."""
+    size, seen, left = len(code.instructions), set[int](), [0]
+    while left:
+        at = left.pop()
+        if at >= size or at in seen:
+            continue
+        seen.add(at)
+        one = code.instructions[at]
+        if _kind(one) == "waits" and not one.guarded:
+            continue
+        left += [code.labels.get(target, size) for target in one.targets] + ([at + 1] if one.falls else [])
+    found = (code.instructions[at] for at in sorted(seen))
+    return tuple(one for one in found if _kind(one) in ("loads", "stores", "releases") or _ENDS.match(one.opcode))
 
 
 def main_loop(code: Code) -> tuple[Instruction, ...]:

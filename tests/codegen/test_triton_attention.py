@@ -21,6 +21,7 @@ from qcompile import compat
 from qcompile.codegen.devices.triton_attention import DTYPES, Block, block_for, choose_block, decode_attention
 from qcompile.codegen.devices.triton_attention_bounds import expected
 from qcompile.codegen.devices.triton_attention_text import AttentionSpec, attention_text
+from qcompile.codegen.devices.triton_overlap import can_overlap
 from qcompile.errors import QCError
 from qcompile.ir.formats import FORMATS
 from qcompile.ir.kvcache import Cache, CacheLayout, attention, extend
@@ -269,7 +270,7 @@ def build(layout: CacheLayout, target: str, dtype: str = "bf16", heads: int = 8)
     return compile_kernel(
         compat.triton_kernel(text.source),
         signature,
-        {"NH": heads, "NATURAL": block.natural, "STAGES": block.stages},
+        {"NH": heads, "NATURAL": block.natural, "STAGES": block.stages, "PDL": can_overlap(target)},
         targets=(target,),
         aligned={name for name, _ in text.pointers} | {"ldqb", "ldqh", "ldyb", "ldyh"},
         num_warps=block.warps,

@@ -10,6 +10,7 @@ pytest.importorskip("triton", reason="triton is not installed: torch's builds fo
 
 from qcompile import compat
 from qcompile.codegen.devices.triton import Tile, TritonLowering, cut, family, fit, text_of
+from qcompile.codegen.devices.triton_overlap import ahead, can_overlap
 from qcompile.codegen.spec import KernelSpec
 from qcompile.codegen.tuning.triton import shapes
 from qcompile.ir.scheme import Scheme
@@ -56,15 +57,18 @@ def build(spec: KernelSpec, tile: Tile, *targets: str) -> dict[str, Report]:
         "STAGES": tile.stages,
         "EVEN": True,
     }
-    return compile_kernel(
-        compat.triton_kernel(text.source),
-        signature,
-        constants,
-        targets=targets,
-        aligned=set(signature) - {"M"},
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+    reports = {}
+    for early in (False, True):
+        reports |= compile_kernel(
+            compat.triton_kernel(text.source),
+            signature,
+            constants | {"PDL": early, "AHEAD": ahead(tile.rows * tile.columns, tile.units, tile.stages)},
+            targets=[target for target in targets if can_overlap(target) == early],
+            aligned=set(signature) - {"M"},
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    return reports
 
 
 def spec_of(scheme: str, act: str = "", dtype: str = "bf16") -> KernelSpec:

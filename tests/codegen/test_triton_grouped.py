@@ -22,6 +22,7 @@ from qcompile import compat
 from qcompile.codegen.devices.triton import Tile, TritonLowering, cut, family, fit, run, text_of
 from qcompile.codegen.devices.triton_bounds import ROUNDOFF, SMALLEST, Expected, expected
 from qcompile.codegen.devices.triton_grouped import Grouped, choose_grouped, grouped_text, run_grouped, tiles_of_rows
+from qcompile.codegen.devices.triton_overlap import can_overlap
 from qcompile.codegen.devices.triton_text import Text
 from qcompile.codegen.spec import KernelSpec
 from qcompile.codegen.tuning.triton import shapes
@@ -284,7 +285,7 @@ def build(text: Text, tile: Tile, target: str, **constants: object) -> Report:
     (report,) = compile_kernel(
         compat.triton_kernel(text.source),
         signature,
-        constants | {"EVEN": True},
+        constants | {"EVEN": True, "PDL": can_overlap(target)},
         targets=[target],
         aligned=set(signature) - {"M", "experts"},
         num_warps=tile.warps,

@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed: torch's builds for CPUs come without it")
 
 from qcompile import compat
+from qcompile.codegen.devices.triton_overlap import can_overlap
 from qcompile.codegen.devices.triton_rotate import Rotation, Tile, choose_tile, text_of
 from qcompile.testing.compile_for import TARGETS, Report, compile_kernel
 
@@ -35,6 +36,7 @@ def build(
         "STAGES": tile.stages,
         "EVEN": used == tile.width and columns % (panels * used) == 0,
         "FULL": rows >= tile.rows,
+        "PDL": can_overlap(target),
     }
     report = compile_kernel(
         compat.triton_kernel(text_of(rotation, panels)),

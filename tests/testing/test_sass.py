@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from qcompile.testing.sass import Instruction, count, loops, main_loop, parse_amdgcn, parse_sass, width
+from qcompile.testing.sass import Instruction, count, loops, main_loop, parse_amdgcn, parse_sass, unwaited, width
 from qcompile.testing.source import pointers_of
 
 
@@ -119,3 +119,27 @@ def test_whose_load_it_is() -> None:
     assert named(("k.py", 19, 20)) == "a"
     assert named(("k.py", 19, 32)) == "a, b"
     assert named(("k.py", 18, 0)) == named(("other.py", 14, 21)) == named(None) == ""
+
+
+WAITS = """S2R R0, SR_CTAID.X; CCTL.E.PF2 [R2]; @P0 BRA `(.L_x_1); ACQBULK; PREEXIT; LDG.E R4, [R2]; @P1 EXIT;
+    STG.E [R2], R4; EXIT; .L_x_1:; {0}; EXIT"""
+
+
+@pytest.mark.parametrize(
+    ("there", "found"),
+    [
+        ("ACQBULK", []),
+        ("MOV R1, R2", ["EXIT"]),
+        ("@P2 ACQBULK", ["EXIT"]),
+        ("LDGSTS.E.128 [R4], [R2]", ["LDGSTS.E.128", "EXIT"]),
+        ("PREEXIT", ["PREEXIT", "EXIT"]),
+        ("BRX R2", []),
+    ],
+)
+def test_what_is_reached_before_the_wait(there: str, found: list[str]) -> None:
+    """On some way: here where a branch leads past the wait. A prefetch harms nobody, a wait that may be left out is none."""
+    code = parse_sass(sass(*map(str.strip, WAITS.format(there).split(";"))))
+    assert opcodes(unwaited(code)) == found
+    counts = count(code.instructions)
+    assert (counts.waits, counts.releases) == (1 + there.count("ACQBULK"), 1 + there.count("PREEXIT"))
+    assert counts.prefetches == 1
