@@ -31,7 +31,12 @@ def kernels(seconds: float, seed: int) -> int:
     from qcompile.testing.interpret import interpret
     from qcompile.testing.problems import Problem, problems
 
-    choices = [Tile(), Tile(units=2, columns=32), Tile(splits=3), Tile(rows=32, columns=16, units=4, splits=2)]
+    choices = [
+        Tile(),
+        Tile(units=2, columns=32),
+        Tile(splits=3),
+        Tile(rows=32, columns=16, units=4, splits=2, natural=False),
+    ]
     groups = [PerGroup(size) for size in (16, 32, 48, 64, 128, 192, 256, 512)]
     nested = [
         Nested(group, outer) for group in groups[:5] for outer in (PerTensor(), PerAxis(0), PerGroup(4 * group.size))

@@ -18,6 +18,7 @@ from qcompile import compat
 from qcompile.codegen.devices.triton_decoded import can_decode, decoded
 from qcompile.codegen.devices.triton_lines import Layout, integer_sums
 from qcompile.codegen.devices.triton_numbers import Bytes, byte_operand, why_no_bytes
+from qcompile.codegen.devices.triton_order import natural
 from qcompile.codegen.devices.triton_overlap import begin_with_weights
 from qcompile.codegen.devices.triton_text import Text, kernel_text
 from qcompile.codegen.registry import Verdict
@@ -39,7 +40,9 @@ class Tile:
         rows: of x in a tile (at least 16, a power of two). columns: of y, a multiple of 16 and a power of two.
         units: of the packing in one iteration; fewer where they do not divide K's. splits: blocks that share the sum over
             K. stages: of the software pipeline. warps: of a block. decoded: that the weight is decoded first, where that is
-            possible, and multiplied by the vendor's library.
+            possible, and multiplied by the vendor's library. natural: the order in which instructions take columns, see
+            `triton_order`; only speed depends on it. registers: that a thread may have; 0: what NVIDIA's assembler takes for
+            best, which may be a few too little, spilled for the sake of one more block.
     """
 
     rows: int = 16
@@ -49,6 +52,13 @@ class Tile:
     stages: int = 3
     warps: int = 4
     decoded: bool = False
+    natural: bool = True
+    registers: int = 0
+
+    @property
+    def limit(self) -> dict[str, int]:
+        """The launch option that says `registers`."""
+        return {"maxnreg": self.registers} if self.registers else {}
 
 
 def packing(act: Scheme | None) -> Packing:
@@ -193,7 +203,8 @@ class Matmul:
         self.kernel[tiles, tile.splits](
             x, *operands, work, tickets, m, k, ldx, *sizes,
             BM=tile.rows, BN=tile.columns, KC=tile.units, SPLIT=tile.splits, STAGES=tile.stages,
-            EVEN=k % self.text.layout.unit == 0, num_warps=tile.warps, num_stages=tile.stages,
+            EVEN=k % self.text.layout.unit == 0, NATURAL=tile.natural,
+            num_warps=tile.warps, num_stages=tile.stages, **tile.limit,
             **begin_with_weights(x.device, tile.rows * tile.columns, tile.units, tile.stages),
         )  # fmt: skip
 
@@ -244,10 +255,13 @@ def cut(spec: KernelSpec, shape: Shape, shared: int, architecture: str = "") -> 
 
     if spec.act is not None and byte_operand(spec.act) == "e4m3" and layout.unit > 128:
         rows = min(rows, 64)  # two accumulators, and the operands of more than two steps
+    if layout.shifted and layout.cell:
+        rows = min(rows, 64)  # a third accumulator
     while rows > MMA and 2 * stage() > shared:
         rows //= 2
     stages = max(1, min(shape.stages, shared // stage()))
-    return Tile(rows, shape.columns, units, 1, stages, shape.warps, shape.decoded)
+    registers = shape.registers if architecture.startswith("sm_") else 0
+    return Tile(rows, shape.columns, units, 1, stages, shape.warps, shape.decoded, natural(architecture), registers)
 
 
 @functools.lru_cache(maxsize=512)

@@ -15,6 +15,7 @@ import torch
 from qcompile import compat
 from qcompile.codegen.devices.triton import zeros_of_stream
 from qcompile.codegen.devices.triton_attention_text import HEADS, AttentionSpec, AttentionText, attention_text
+from qcompile.codegen.devices.triton_order import natural
 from qcompile.codegen.devices.triton_overlap import begin
 from qcompile.errors import QCError
 from qcompile.ir.kvcache import Cache, CacheLayout
@@ -23,8 +24,6 @@ from qcompile.ir.packing import ceil_div
 DTYPES = {torch.float16: "f16", torch.bfloat16: "bf16"}
 WAVES = 2  # blocks per multiprocessor that a sequence is split for
 SHARE = 3  # blocks that share a multiprocessor's memory for pages under way
-# Instructions that want what a lane holds as 2 + 2 columns (wgmma), not as 4 that follow each other.
-NATURAL = {"sm_90", "sm_100"}
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,8 @@ class Block:
 
     Attributes:
         splits: blocks that share a sequence, at most. stages: of the software pipeline, one more than pages under way.
-            warps: of a block. natural: the order in which instructions take columns, see `NATURAL`; only speed depends on it.
+            warps: of a block. natural: the order in which instructions take columns, see `triton_order`; only speed depends on
+            it.
     """
 
     splits: int = 1
@@ -61,7 +61,7 @@ def block_for(layout: CacheLayout, architecture: str, shared: int, splits: int =
     stages = 1 + max(min(3, shared // SHARE // page), 1 if page <= shared * 3 // 4 else 0)
     # The sums of a head and the codes under way are in registers: twice the warps for twice the rows.
     warps = 8 if layout.head_dim > 128 else 4
-    return Block(splits, stages, warps, architecture in NATURAL)
+    return Block(splits, stages, warps, natural(architecture, amd=False))
 
 
 @functools.lru_cache(maxsize=256)

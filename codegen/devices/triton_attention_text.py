@@ -40,19 +40,6 @@ def widen(x, COLUMNS: tl.constexpr):
     if x.shape[1] < COLUMNS:
         x = tl.reshape(tl.permute(tl.join(x, tl.zeros_like(x)), (0, 2, 1)), (x.shape[0], COLUMNS))
     return x''',
-    "ordered": '''@triton.jit
-def ordered(x, NATURAL: tl.constexpr):
-    """Rows in the order of the instruction's columns, see `place`."""
-    if not NATURAL:
-        blocks = tl.permute(tl.reshape(x, (x.shape[0] // 16, 2, 4, 2, x.shape[1])), (0, 2, 1, 3, 4))
-        x = tl.reshape(blocks, (x.shape[0], x.shape[1]))
-    return x''',
-    "place": '''@triton.jit
-def place(index, NATURAL: tl.constexpr):
-    """The column of a step that each column of the instruction is: the same, or those that a lane holds side by side."""
-    if not NATURAL:
-        index = index // 16 * 16 + index % 4 // 2 * 8 + index % 16 // 4 * 2 + index % 2
-    return index''',
 }
 
 

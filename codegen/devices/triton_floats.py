@@ -11,6 +11,7 @@ import math
 from qcompile.codegen.devices.triton_instructions import Permuted, word
 from qcompile.codegen.devices.triton_lines import Layout, Lines, address, scale_value
 from qcompile.codegen.devices.triton_numbers import Numbers
+from qcompile.codegen.devices.triton_order import PERMUTED, STRAIGHT
 from qcompile.codegen.spec import KernelSpec
 from qcompile.ir.scheme import Scheme
 
@@ -56,7 +57,7 @@ class Exact(Lines):
             lines += self._scales_of_unit(i, looping=True)
             for step in range(self.numbers.steps):
                 lines += self._step(step, i, looping=True)
-                product = f"tl.dot(w, x{step}{exact})"
+                product = f"tl.dot(w, ordered(x{step}, NATURAL){exact})"
                 lines.append(f"p = {product}" if step == 0 else f"p += {product}")
             lines.append(f"{acc} += s[:, None] * p" if self.layout.mode == "sum" else f"{acc} += p")
         return lines
@@ -138,7 +139,8 @@ class Exact(Lines):
                 lines += ["w = w.to(tl.float32)"] if self.wide else []
             lines += ["w = w * s + z" if added == "z" else "w = w * s"] if operand else []
         lines.append("w = tl.reshape(w, (KC, 2, PANELS, 8, 4, 4, 2, 2))")
-        lines.append("w = tl.reshape(tl.permute(w, (2, 1, 3, 0, 5, 6, 4, 7)), (BN, KC * 64))")
+        order = PERMUTED if looping else STRAIGHT
+        lines.append(f"w = tl.reshape(tl.permute(w, {order}), (BN, KC * 64))")
         return lines
 
     def _tree(self, first: str, second: str) -> list[str]:

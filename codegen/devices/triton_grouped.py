@@ -45,7 +45,7 @@ def choose_grouped(spec: KernelSpec, n: tuple[int, ...], k: int, m: int, experts
     """How to cut a product: the shipped line for as many rows as an expert has where as many as possible have some."""
     gpu = compat.gpu(device)
     shape = shape_for(gpu.architecture, family(spec), ceil_div(m, min(m, experts)))
-    tile = replace(cut(spec, shape, gpu.shared), decoded=False)
+    tile = replace(cut(spec, shape, gpu.shared, gpu.architecture), decoded=False)
     tiles = _tiles_of_columns(spec, n, tile) * tiles_of_rows(m, experts, tile.rows)
     # Enough blocks for every multiprocessor, each with at least four iterations.
     most = ceil_div(k, grouped_text(spec).layout.unit * tile.units) // 4
@@ -97,8 +97,8 @@ class Grouped:
         self.kernel[tiles, tile.splits](
             x, *operands, work, tickets, m, k, experts, ldx, *sizes,
             BM=tile.rows, BN=tile.columns, KC=tile.units, SPLIT=tile.splits, STAGES=tile.stages,
-            EVEN=k % self.text.layout.unit == 0, EXPERTS=max(LEAST, 1 << (experts - 1).bit_length()),
-            num_warps=tile.warps, num_stages=tile.stages, **begin(x.device),
+            EVEN=k % self.text.layout.unit == 0, NATURAL=tile.natural, EXPERTS=max(LEAST, 1 << (experts - 1).bit_length()),
+            num_warps=tile.warps, num_stages=tile.stages, **tile.limit, **begin(x.device),
         )  # fmt: skip
 
 

@@ -139,7 +139,7 @@ class Lines:
         for plane in self.planes():
             for j in range(plane["tiles"]):
                 at = f"at{plane['index']} + u * {plane['tiles'] * 256}" + (f" + {j * 256}" if j else "")
-                lines.append(f"q{plane['index']}_{j} = tl.load(W{i} + {at})")
+                lines.append(f"q{plane['index']}_{j} = tl.reshape(tl.load(W{i} + {at}), (KC, 2, PANELS, 32, 4))")
         return lines
 
     def _scale(self, i: str, rows: str, group: str, base: str = "") -> str:
@@ -187,12 +187,12 @@ class Codes(Lines):
         layout, unit, steps = self.layout, self.layout.unit, range(self.numbers.steps)
         lines = [f"x{step} = tl.load(X + x_at + (u * {unit} + {16 * step} + k_at))" for step in steps]
         if layout.cell and self.corrected:
-            xs = f"tl.load(XG + m_at * cells + u * {unit} // {layout.cell})"
+            xs = f"for_rows(XG + m_at * cells + u * {unit} // {layout.cell}, 2 * BN)"
             if layout.units > 1:  # once for a cell, which iterations share
                 xs = f"tl.where(u * {unit} % {layout.cell} == 0, {xs}, 0)"
             lines.append(f"xs = {xs}")
         if layout.act_group:
-            lines.append(f"sx = tl.load(XS + m_at * x_groups + u * {unit} // {layout.act_group})")
+            lines.append(f"sx = for_rows(XS + m_at * x_groups + u * {unit} // {layout.act_group}, 2 * BN)")
         for j, (i, acc) in enumerate(self.pairs):
             lines += self._codes(i)
             for step in steps:

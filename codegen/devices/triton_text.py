@@ -22,6 +22,7 @@ from qcompile.codegen.devices.triton_floats import Exact
 from qcompile.codegen.devices.triton_instructions import HELPERS as INSTRUCTIONS
 from qcompile.codegen.devices.triton_lines import Codes, Layout, storage
 from qcompile.codegen.devices.triton_numbers import Bytes, IntegerDecode, Numbers, byte_operand
+from qcompile.codegen.devices.triton_order import HELPERS as ORDER
 from qcompile.codegen.devices.triton_overlap import FEW, SMALL, ahead_lines
 from qcompile.codegen.devices.triton_overlap import HELPERS as OVERLAP
 from qcompile.codegen.spec import KernelSpec
@@ -35,10 +36,33 @@ BYTE_TYPES = {"i8": "i8", "e4m3": "fp8e4nv"}
 HELPERS = {
     **OVERLAP,
     **INSTRUCTIONS,
+    **ORDER,
     "wide": '''@triton.jit
 def wide(values, DT: tl.constexpr):
     """Values with two new last dimensions, (1, 1)."""
     return tl.expand_dims(tl.expand_dims(values, -1), -1)''',
+    "lane_by_lane": '''@triton.jit
+def lane_by_lane(at):
+    """Offsets [unit, half, panel, lane], with a new last dimension, that lanes of a warp and panels of its warps load."""
+    # Lanes get what is called contiguous, and no load becomes wider where nothing is called aligned. Without a word of it each
+    # version of Triton has its own way, and one makes lanes trade scales through shared memory.
+    at = tl.multiple_of(tl.expand_dims(at, 4), (1, 1, 1, 1, 1))
+    return tl.max_contiguous(at, (1, 1, 2, 4, 1))''',
+    "for_rows": '''@triton.jit
+def for_rows(pointers, THREADS: tl.constexpr):
+    """What is loaded for each row of x."""
+    BM: tl.constexpr = pointers.shape[0]
+    COPIES: tl.constexpr = THREADS // BM
+    if COPIES < 2:
+        return tl.load(pointers)
+    # What has less numbers than a block has threads, Triton 3.6 loads in every thread that needs some, a quarter of all. So
+    # there are copies of each number, for so many threads, and one is read. The hints: see `lane_by_lane`.
+    copies = tl.multiple_of(pointers[None, :] + tl.zeros((COPIES, 1), tl.int32), (1, 1))
+    values = tl.permute(tl.load(tl.max_contiguous(copies, (1, 2))), (1, 0))
+    for i in tl.static_range(6):
+        if COPIES >> i > 1:
+            values, _ = tl.split(tl.reshape(values, (BM, COPIES >> (i + 1), 2)))
+    return tl.reshape(values, (BM,))''',
     "octets": '''@triton.jit
 def octets(words):
     """The four bytes of 32-bit words, the lowest first, in two new last dimensions."""
@@ -91,12 +115,13 @@ def kernel_text(spec: KernelSpec, decode: IntegerDecode = "subnormal", *, expert
     sizes = ["experts"] if experts else []
     sizes += ["ldx", *(f"N{i}" for i in range(spec.segments)), *_strides(spec)]
     text = {"before": lines.before(), "body": lines.loop(), "after": lines.after(), "epilogue": lines.epilogue()}
+    lanes = spec.act is None and (layout.mode == "operand" or spec.weight.scale.zero is not None)
     text["closing"] = lines.closing()
     # Which expert's weight a block reads, a kernel before tells: it cannot ask for any before it has waited.
     text["ahead"] = [] if experts else ahead_lines(lines, parts)
     source = template("matmul").render(
         **_places(spec, layout, lines),
-        helpers=_helpers(text),
+        helpers=_helpers(text | {"addresses": ["lane_by_lane("] if lanes else []}),
         pointers=[name for name, _ in pointers],
         sizes=sizes,
         experts=experts,
@@ -107,7 +132,7 @@ def kernel_text(spec: KernelSpec, decode: IntegerDecode = "subnormal", *, expert
         small=SMALL,
         choose=[name for name, _ in parts] if spec.segments > 1 and not spec.paired else [],
         mode=layout.mode,
-        lanes=spec.act is None and (layout.mode == "operand" or spec.weight.scale.zero is not None),
+        lanes=lanes,
         accumulators=lines.accumulators,
         sums=lines.sums,
         # The workspace is of fp32: sums of integers lie there as they are.
@@ -129,7 +154,7 @@ def decode_text(spec: KernelSpec) -> str:
         template("decode").render(
             **_places(spec, layout, lines),
             **text,
-            helpers=_helpers(text),
+            helpers=_helpers(text | {"addresses": ["lane_by_lane("]}),
             pointers=["D", *(f"{name}0" for name, _ in _parts(spec.weight))],
             operand=_OPERANDS[lines.numbers.operand.name],
             lanes=True,

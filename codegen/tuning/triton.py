@@ -21,6 +21,7 @@ class Shape:
         rows_up_to: the largest number of rows of x it is for, `None` for any. rows, columns: of a tile. depth: columns
             of the weight in one iteration, at least a unit of the packing. stages: of the software pipeline. warps: of
             a block. waves: blocks per multiprocessor that K is split for. decoded: that the weight is decoded first.
+            registers: see `Tile`; only NVIDIA's devices know such a limit.
     """
 
     rows_up_to: int | None
@@ -31,6 +32,7 @@ class Shape:
     warps: int
     waves: int
     decoded: bool = False
+    registers: int = 0
 
 
 @functools.cache

@@ -56,7 +56,12 @@ SCHEMES = [
     ("uint4/g128:fp16+z", "e4m3/token"),
 ]
 DTYPES = list(OUT_DTYPES)
-TILES = [Tile(), Tile(units=2, columns=32), Tile(splits=3, columns=32), Tile(rows=32, columns=16, units=4)]
+TILES = [
+    Tile(),
+    Tile(units=2, columns=32, natural=False),
+    Tile(splits=3, columns=32),
+    Tile(rows=32, columns=16, units=4),
+]
 
 
 def spec_of(weight: str, x: str = "f16", act: str = "", **more: object) -> KernelSpec:
@@ -281,7 +286,8 @@ MMA = {"sm_80": ("HMMA", "IMMA"), "sm_90": ("HGMMA", "IGMMA"), "gfx942": ("v_mfm
 
 def build(text: Text, tile: Tile, target: str, **constants: object) -> Report:
     signature = {name: f"*{kind}" for name, kind in text.pointers} | dict.fromkeys(text.sizes, "i32")
-    constants |= {"BM": tile.rows, "BN": tile.columns, "KC": tile.units, "SPLIT": tile.splits, "STAGES": tile.stages}
+    constants |= {"BM": tile.rows, "BN": tile.columns, "KC": tile.units, "SPLIT": tile.splits}
+    constants |= {"STAGES": tile.stages, "NATURAL": tile.natural}
     (report,) = compile_kernel(
         compat.triton_kernel(text.source),
         signature,
@@ -290,6 +296,7 @@ def build(text: Text, tile: Tile, target: str, **constants: object) -> Report:
         aligned=set(signature) - {"M", "experts"},
         num_warps=tile.warps,
         num_stages=tile.stages,
+        **tile.limit,
     ).values()
     return report
 
@@ -303,7 +310,7 @@ def test_machine_code(target: str, scheme: str, act: str, line: int, splits: int
     """The loop over K is that of the plain kernel: experts cost something at a block's begin only."""
     spec = spec_of(scheme, "bf16", act)
     layout = text_of(spec).layout
-    tile = cut(spec, shapes(target, family(spec))[line], TARGETS[target].shared_limit)
+    tile = cut(spec, shapes(target, family(spec))[line], TARGETS[target].shared_limit, target)
     tile = fit(replace(tile, splits=splits), layout, layout.unit * 4096)
     report, plain = build(grouped_text(spec), tile, target, EXPERTS=128), build(text_of(spec), tile, target)
     assert report.fits

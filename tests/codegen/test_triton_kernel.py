@@ -49,7 +49,12 @@ SCHEMES = [
     "ternary/tensor",
 ]
 DTYPES = list(OUT_DTYPES)
-TILES = [Tile(), Tile(units=2, columns=32), Tile(splits=3), Tile(rows=32, columns=16, units=4, splits=2)]
+TILES = [
+    Tile(),
+    Tile(units=2, columns=32, natural=False),
+    Tile(splits=3),
+    Tile(rows=32, columns=16, units=4, splits=2, natural=False),
+]
 
 
 def spec_of(weight: str, x: str = "f16", act: str = "", **more: object) -> KernelSpec:
@@ -391,6 +396,20 @@ def test_every_code_is_exact_either_way(decode: str) -> None:
             text = triton_text.kernel_text(spec, decode)  # type: ignore[arg-type]
             y = run(spec, torch.eye(k).to(OUT_DTYPES[dtype]), parts, [], [16], k, Tile(), text)
             assert torch.equal(y.T, fmt.levels()[codes.long()]), (name, dtype)
+
+
+@pytest.mark.parametrize("x", DTYPES)
+@pytest.mark.parametrize(
+    "scheme", ["int4/g128:fp16", "uint4/g32:fp16+m", "nf4/g64:fp16", "e3m2/g96:e8m0", "int3/axis0"]
+)
+def test_either_order_of_columns_is_the_same_to_the_bit(scheme: str, x: str) -> None:
+    """Every row of x picks one column, so that no sum has an order."""
+    spec, n, k = spec_of(scheme, x, y="f32"), 32, 200
+    parts, picked = quantize(weight(n, k, 1), spec.weight), torch.eye(k).to(OUT_DTYPES[x])
+    for tile in (Tile(rows=64), Tile(rows=128, units=2, columns=32)):
+        y = run(spec, picked, parts, [], [n], k, tile)
+        assert y.count_nonzero() > n * k // 2
+        assert torch.equal(y, run(spec, picked, parts, [], [n], k, replace(tile, natural=False)))
 
 
 @pytest.mark.parametrize(

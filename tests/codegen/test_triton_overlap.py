@@ -301,7 +301,7 @@ def built(text: str | Text, pointers: dict[str, str], sizes: list[str], target: 
 
 
 def matmul(target: str, text: Text, **more: Any) -> Report:
-    sizes = {"BM": 16, "BN": 64, "KC": 1, "SPLIT": 4, "STAGES": 3, "EVEN": True}
+    sizes = {"BM": 16, "BN": 64, "KC": 1, "SPLIT": 4, "STAGES": 3, "EVEN": True, "NATURAL": True}
     more |= {} if "EXPERTS" in more else {"AHEAD": ahead(16 * 64, 1, 3)}
     return built(text, dict(text.pointers), list(text.sizes), target, **sizes, **more)
 
