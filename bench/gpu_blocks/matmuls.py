@@ -143,7 +143,7 @@ def sums_of(spec: KernelSpec, device: torch.device) -> dict[str, Any]:
     """What `expected` is to know about the device's sums: those of e4m3 keep 13 bits after the leading one of the largest
     term on sm_90 (DeepSeek-V3 Technical Report, 2024, section 3.3.2)."""
     coarse = device.type == "cuda" and spec.act is not None and spec.act.format.name == "e4m3"
-    return {"unit": 2.0**-13} if coarse else {}
+    return {"byte_unit": 2.0**-13} if coarse else {}
 
 
 def _ends(count: int, each: int) -> torch.Tensor:

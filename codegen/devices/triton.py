@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from qcompile import compat
-from qcompile.codegen.devices.triton_decoded import can_decode, decoded
+from qcompile.codegen.devices.triton_decoded import cut_own, other_way, ways
 from qcompile.codegen.devices.triton_lines import Layout, integer_sums
 from qcompile.codegen.devices.triton_numbers import Bytes, byte_operand, why_no_bytes
 from qcompile.codegen.devices.triton_order import natural
@@ -23,42 +23,13 @@ from qcompile.codegen.devices.triton_overlap import begin_with_weights
 from qcompile.codegen.devices.triton_text import Text, kernel_text
 from qcompile.codegen.registry import Verdict
 from qcompile.codegen.spec import LONG_K, KernelSpec
-from qcompile.codegen.tuning.triton import Shape, shape_for
+from qcompile.codegen.tuning.triton import Shape, Tile, shape_for
 from qcompile.ir.granularity import Nested, PerAxis, PerBlock, PerGroup, PerTensor, PerToken
 from qcompile.ir.matmul import OUT_DTYPES, MatmulSpec, quantize_values
 from qcompile.ir.packing import ceil_div
 from qcompile.ir.scheme import Packing, Scheme
 
 MMA = 16  # columns of one tensor-core instruction: groups are whole instructions
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How a kernel cuts its work.
-
-    Attributes:
-        rows: of x in a tile (at least 16, a power of two). columns: of y, a multiple of 16 and a power of two.
-        units: of the packing in one iteration; fewer where they do not divide K's. splits: blocks that share the sum over
-            K. stages: of the software pipeline. warps: of a block. decoded: that the weight is decoded first, where that is
-            possible, and multiplied by the vendor's library. natural: the order in which instructions take columns, see
-            `triton_order`; only speed depends on it. registers: that a thread may have; 0: what NVIDIA's assembler takes for
-            best, which may be a few too little, spilled for the sake of one more block.
-    """
-
-    rows: int = 16
-    columns: int = 64
-    units: int = 1
-    splits: int = 1
-    stages: int = 3
-    warps: int = 4
-    decoded: bool = False
-    natural: bool = True
-    registers: int = 0
-
-    @property
-    def limit(self) -> dict[str, int]:
-        """The launch option that says `registers`."""
-        return {"maxnreg": self.registers} if self.registers else {}
 
 
 def packing(act: Scheme | None) -> Packing:
@@ -182,17 +153,16 @@ class Matmul:
         if m == 0:
             return
         n = sizes[:segments]
-        tile = fit(tile or choose_tile(spec, tuple(n), k, m, x.device), self.text.layout, k)
+        tile = tile or choose_tile(spec, tuple(n), k, m, x.device)
         for index in range(first, first + segments * self.parts, self.parts):
             operands[index] = operands[index].view(torch.int32)
-        if tile.decoded and can_decode(spec):
-            parts, extras = (
-                operands[first : first + segments * self.parts],
-                operands[first + segments * self.parts : -1],
-            )
-            matrix = x.as_strided((m, k), (ldx, 1))
-            decoded(spec)(matrix, parts, extras, operands[-1], n, sizes[segments:])
+        if tile.way != "fused" and tile.way in ways(spec):
+            last = first + segments * self.parts
+            columns = k if spec.act is None else ceil_div(k, self.text.layout.unit) * self.text.layout.unit
+            inputs = [x.as_strided((m, columns), (ldx, 1)), *operands[:first]]
+            other_way(spec)(inputs, operands[first:last], operands[last:-1], operands[-1], n, k, sizes[segments:], tile)
             return
+        tile = fit(tile, self.text.layout, k)
         tiles = sum(ceil_div(size, tile.columns) for size in (n[:1] if spec.paired else n)) * ceil_div(m, tile.rows)
         work = tickets = operands[-1]
         if tile.splits > 1:
@@ -226,15 +196,20 @@ _ZEROS: dict[tuple[torch.device, int], list[torch.Tensor]] = {}  # recorded grap
 
 def family(spec: KernelSpec) -> str:
     """The lines of the shipped table that a kernel takes."""
-    return "weight-only" if spec.act is None else "bytes"
+    if spec.act is None:
+        return "weight-only"
+    one_sum = byte_operand(spec.act) == "i8" and not Layout.of(spec.weight, spec.act).cell
+    return "integers" if one_sum else "bytes"
 
 
 @functools.lru_cache(maxsize=4096)
 def choose_tile(spec: KernelSpec, n: tuple[int, ...], k: int, m: int, device: torch.device) -> Tile:
     """How to cut a product, from its sizes and the shipped table."""
     gpu = compat.gpu(device)
-    shape = shape_for(gpu.architecture, family(spec), m)
+    shape = shape_for(gpu.architecture, family(spec), m, ways(spec))
     tile = cut(spec, shape, gpu.shared, gpu.architecture)
+    if tile.way != "fused":
+        return tile
     tiles = sum(ceil_div(size, tile.columns) for size in (n[:1] if spec.paired else n)) * ceil_div(m, tile.rows)
     # Enough blocks for every multiprocessor, each with at least four iterations.
     wanted, most = shape.waves * gpu.processors // tiles, ceil_div(k, text_of(spec).layout.unit * tile.units) // 4
@@ -243,6 +218,8 @@ def choose_tile(spec: KernelSpec, n: tuple[int, ...], k: int, m: int, device: to
 
 def cut(spec: KernelSpec, shape: Shape, shared: int, architecture: str = "") -> Tile:
     """The tile of a line of the table, with fewer stages or rows where `shared` bytes or the registers do not hold them."""
+    if shape.way == "own":
+        return cut_own(spec, shape, shared, architecture)
     layout, element = text_of(spec).layout, 1 if spec.act is not None else OUT_DTYPES[spec.x].itemsize
     units, rows = max(1, shape.depth // layout.unit), shape.rows
     codes = shape.columns * spec.weight.format.bits // 8 * (spec.segments if spec.paired else 1)
@@ -261,7 +238,8 @@ def cut(spec: KernelSpec, shape: Shape, shared: int, architecture: str = "") -> 
         rows //= 2
     stages = max(1, min(shape.stages, shared // stage()))
     registers = shape.registers if architecture.startswith("sm_") else 0
-    return Tile(rows, shape.columns, units, 1, stages, shape.warps, shape.decoded, natural(architecture), registers)
+    order = natural(architecture)
+    return Tile(rows, shape.columns, units, 1, stages, shape.warps, shape.way, natural=order, registers=registers)
 
 
 @functools.lru_cache(maxsize=512)

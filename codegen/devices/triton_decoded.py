@@ -1,35 +1,52 @@
-"""The other way to a product on a GPU: decode the weight once, then let the vendor's library multiply.
+"""The other ways to a product on a GPU: decode the weight once, then multiply what has nothing to decode.
 
-A fused kernel decodes a weight for every tile of rows. With many rows the vendor's product of floats is faster than any
-kernel that decodes beside its products, by more than it costs to write the weight once in 16 bits and to read it again.
-The decoded weight lives as long as one call.
+A fused kernel decodes a weight for every tile of rows. With many rows a product whose operands both come from memory is
+faster than any kernel that decodes beside its products, by more than it costs to write the weight once, in the type that
+is multiplied, and to read it again. The decoded weight lives as long as one call.
+
+Activations of 16 bits leave the product to the vendor's library. Those with a scheme meet bytes: in a kernel of ours, which
+ends as the fused one does, or in the library, whose sums a second kernel finishes.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from qcompile import compat
+from qcompile.codegen.devices.triton_bytes import Stored
 from qcompile.codegen.devices.triton_lines import Layout
 from qcompile.codegen.devices.triton_overlap import begin
-from qcompile.codegen.devices.triton_text import decode_text, finish_text
+from qcompile.codegen.devices.triton_text import bytes_text, decode_text, finish_text
 from qcompile.codegen.spec import KernelSpec
-from qcompile.ir.packing import ceil_div
+from qcompile.codegen.tuning.triton import Shape, Tile, Way
+from qcompile.ir.packing import ceil_div, unpack_scales
+
+Tensors = Sequence[torch.Tensor]
 
 ROWS, COLUMNS = 32, 64  # of a block that decodes (COLUMNS outputs), or finishes (ROWS x COLUMNS results)
 WARPS = 4
+FULL = 8  # warps whose registers are those of a multiprocessor
+LIBRARY = 16  # the libraries' products of bytes want a multiple of so many rows of the weight
 
 
-def can_decode(spec: KernelSpec) -> bool:
-    """Whether there is such a way: for activations of 16 bits, used as they are."""
-    return spec.act is None and spec.x in ("f16", "bf16")
+def ways(spec: KernelSpec) -> tuple[Way, ...]:
+    """How a spec's product may be made: the libraries know no scales inside a sum, and no 32-bit activations here. What finds
+    the sums of a weight's bytes, for zero points of activations, is the fused kernel."""
+    if spec.act is None:
+        return ("fused", "vendor") if spec.x in ("f16", "bf16") else ("fused",)
+    layout = Layout.of(spec.weight, spec.act)
+    if layout.shifted:
+        return ("fused",)
+    return ("fused", "own") if layout.cell else ("fused", "own", "vendor")
 
 
-class Decoded:
-    """The product of a spec that `can_decode`, as a callable over raw operands."""
+class Floats:
+    """The product of a spec without activation scheme."""
 
     def __init__(self, spec: KernelSpec) -> None:
         self.spec, self.layout = spec, Layout.of(spec.weight)
@@ -40,29 +57,33 @@ class Decoded:
 
     def __call__(
         self,
-        x: torch.Tensor,
-        parts: Sequence[torch.Tensor],
-        extras: Sequence[torch.Tensor],
+        inputs: Tensors,
+        parts: Tensors,
+        extras: Tensors,
         y: torch.Tensor,
         n: Sequence[int],
+        k: int,
         strides: Sequence[int],
+        tile: Tile,
     ) -> None:
         """Write y.
 
         Args:
-            x: `[M, k]`.
+            inputs: x, `[M, k]`.
             parts: packed parts of each segment, codes as int32.
             extras: "row" `[columns]`, "mat" `[M, columns]`.
             y: `[M, columns]`.
             n: rows of each segment.
             strides: row strides of "mat" extras and of y.
+            tile: with a way that the spec has.
         """
-        (m, k), each = x.shape, len(parts) // len(n)
+        (x,), each = inputs, len(parts) // len(n)
         weight = torch.empty(sum(n), k, dtype=x.dtype, device=x.device)
         for i, rows in enumerate(weight.split(list(n))):
             grid = (ceil_div(n[i], COLUMNS), ceil_div(k, self.layout.unit))
             own = parts[i * each : (i + 1) * each]
             self.decode[grid](rows, *own, n[i], k, k, BN=COLUMNS, KC=1, num_warps=WARPS, **begin(x.device))
+        m = x.shape[0]
         if self.finish is None:
             torch.mm(x, weight.t(), out=y.view(m, -1))
             return
@@ -75,10 +96,134 @@ class Decoded:
         )  # fmt: skip
 
 
+class Octets:
+    """The product of a spec with an activation scheme."""
+
+    def __init__(self, spec: KernelSpec) -> None:
+        self.spec, self.lines = spec, Stored.of(spec)
+        self.layout = self.lines.layout
+        self.decode = compat.triton_kernel(decode_text(spec))
+        weight = spec.weight
+        # A library that scales rows and columns itself, and rounds to bf16, leaves nothing to do.
+        self.scaled = (
+            not self.lines.whole
+            and not self.lines.corrected
+            and self.lines.numbers.factor == 1
+            and weight.outer is None
+            and weight.scale.format.dtype == torch.float32
+            and not spec.epilogue.replace("acc", "")
+            and not spec.extras
+            and spec.y == "bf16"
+        )
+
+    @functools.cached_property
+    def product(self) -> Any:
+        """The kernel of way "own"."""
+        return compat.triton_kernel(bytes_text(self.spec).source)
+
+    @functools.cached_property
+    def finish(self) -> Any:
+        """The kernel from a library's sums to the result."""
+        return compat.triton_kernel(bytes_text(self.spec, given=True).source)
+
+    def weight(self, parts: Tensors, n: Sequence[int], k: int, dtype: torch.dtype) -> torch.Tensor:
+        """The bytes of all segments, `[rows, K padded to the unit]`: their rows one after the other, then some that hold
+        anything, up to a multiple of `LIBRARY`."""
+        units, each = ceil_div(k, self.layout.unit), len(parts) // len(n)
+        rows = ceil_div(sum(n), LIBRARY) * LIBRARY
+        found = torch.empty(rows, units * self.layout.unit, dtype=dtype, device=parts[0].device)
+        words = found.view(torch.int32)
+        together = math.gcd(units, max(1, 128 // self.layout.unit))  # 128 columns of a row, a line of the cache
+        for i, mine in enumerate(words[: sum(n)].split(list(n))):
+            grid = (ceil_div(n[i], COLUMNS), units // together)
+            own = parts[i * each : (i + 1) * each]
+            self.decode[grid](
+                mine, *own, n[i], k, words.stride(0), BN=COLUMNS, KC=together, num_warps=WARPS, **begin(words.device)
+            )
+        return found
+
+    def __call__(
+        self,
+        inputs: Tensors,
+        parts: Tensors,
+        extras: Tensors,
+        y: torch.Tensor,
+        n: Sequence[int],
+        k: int,
+        strides: Sequence[int],
+        tile: Tile,
+    ) -> None:
+        """Write y. Arguments as of `Floats`, but for inputs: codes of x, `[M, K padded to the unit]`, scales, and sums of codes
+        where the fused kernel reads them."""
+        x, *more = inputs
+        weight, each = self.weight(parts, n, k, x.dtype), len(parts) // len(n)
+        scales = [part for i in range(len(n)) for part in parts[i * each + 1 : (i + 1) * each]]
+        rest = [*more, *scales, *extras, y, x.shape[0], k]
+        if tile.way == "own":
+            self._own(x, weight, rest, [*n, *strides], tile)
+        elif self.scaled and sum(n) == weight.shape[0] and is_hopper(compat.gpu(x.device).architecture):
+            columns = torch.cat([unpack_scales(s, size).reshape(-1) for s, size in zip(scales, n, strict=True)])
+            compat.mm_e4m3(x, weight.t(), more[0].reshape(-1, 1), columns.reshape(1, -1), out=y)
+        else:
+            sums = compat.mm_int8(x, weight.t()) if self.lines.whole else compat.mm_e4m3(x, weight.t())
+            grid = (ceil_div(x.shape[0], ROWS) * self._tiles(n, COLUMNS),)
+            sizes = [sums.stride(0), *n, *strides]
+            self.finish[grid](sums, *rest, *sizes, BM=ROWS, BN=COLUMNS, num_warps=WARPS)
+
+    def _own(
+        self, x: torch.Tensor, weight: torch.Tensor, rest: Sequence[Any], sizes: Sequence[int], tile: Tile
+    ) -> None:
+        depth = math.gcd(tile.depth, weight.shape[1], self.layout.cell)
+        tiles = ceil_div(x.shape[0], tile.rows) * self._tiles(sizes[: self.spec.segments], tile.columns)
+        tma = tile.tma and x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0
+        operands: Sequence[Any] = (x, weight)
+        if tma:
+            operands = [compat.descriptor(x, (tile.rows, depth)), compat.descriptor(weight, (tile.columns, depth))]
+        blocks = compat.gpu(x.device).processors * max(1, FULL // tile.warps)
+        self.product[min(tiles, blocks),](
+            *operands, *rest, x.stride(0), *sizes, BM=tile.rows, BN=tile.columns, BK=depth, STAGES=tile.stages,
+            TMA=tma, FLAT=tile.flat, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+    def _tiles(self, n: Sequence[int], columns: int) -> int:
+        return sum(ceil_div(size, columns) for size in (n[:1] if self.spec.paired else n))
+
+
 @functools.lru_cache(maxsize=512)
-def decoded(spec: KernelSpec) -> Decoded:
-    """The one of a spec."""
-    return Decoded(spec)
+def other_way(spec: KernelSpec) -> Floats | Octets:
+    """The one of a spec that has more `ways` than "fused"."""
+    return Floats(spec) if spec.act is None else Octets(spec)
 
 
-__all__ = ["Decoded", "can_decode", "decoded"]
+def is_hopper(architecture: str) -> bool:
+    """Whether a GPU copies tiles that descriptors tell of, and its library scales rows and columns; both work on a CPU."""
+    return architecture == "" or (architecture.startswith("sm_") and int(architecture[3:]) >= 90)
+
+
+def cut_own(spec: KernelSpec, shape: Shape, shared: int, architecture: str) -> Tile:
+    """The tile of a line of the table for way "own".
+
+    The numbers that a thread holds for each element of the tile are the sums, with those of a cell or a step beside where
+    sums do not stay in one accumulator, and "mat" extras. 128 of a thread's 255 registers are for them on sm_90, whose
+    instructions read memory, and 64 elsewhere, where they read registers, or sums come from a memory of their own.
+    """
+    lines, most = Stored.of(spec), 128 if architecture == "sm_90" else 64
+    sums = len(lines.accumulators)
+    held = sums + bool(lines.layout.cell or not lines.whole) + [kind for kind, _ in spec.extras].count("mat")
+    rows, depth = shape.rows, shape.depth
+    threads = shape.warps * (64 if architecture.startswith("gfx") else 32)
+    while rows > ROWS and held * rows * shape.columns > most * threads:
+        rows //= 2
+    shared -= 16384  # scales of rows, and what threads pass on to each other
+
+    def stage() -> int:
+        return depth * (rows + shape.columns * sums)
+
+    while depth > COLUMNS and 2 * stage() > shared:
+        depth //= 2
+    stages = max(1, min(shape.stages, shared // stage()))
+    tma = architecture in ("", "sm_90")
+    return Tile(rows, shape.columns, 1, 1, stages, shape.warps, "own", depth, tma, shape.flat)
+
+
+__all__ = ["Floats", "Octets", "cut_own", "is_hopper", "other_way", "ways"]

@@ -45,7 +45,7 @@ def choose_grouped(spec: KernelSpec, n: tuple[int, ...], k: int, m: int, experts
     """How to cut a product: the shipped line for as many rows as an expert has where as many as possible have some."""
     gpu = compat.gpu(device)
     shape = shape_for(gpu.architecture, family(spec), ceil_div(m, min(m, experts)))
-    tile = replace(cut(spec, shape, gpu.shared, gpu.architecture), decoded=False)
+    tile = cut(spec, shape, gpu.shared, gpu.architecture)
     tiles = _tiles_of_columns(spec, n, tile) * tiles_of_rows(m, experts, tile.rows)
     # Enough blocks for every multiprocessor, each with at least four iterations.
     most = ceil_div(k, grouped_text(spec).layout.unit * tile.units) // 4

@@ -18,9 +18,10 @@ from typing import Any
 
 import jinja2
 
+from qcompile.codegen.devices.triton_bytes import Stored
 from qcompile.codegen.devices.triton_floats import Exact
 from qcompile.codegen.devices.triton_instructions import HELPERS as INSTRUCTIONS
-from qcompile.codegen.devices.triton_lines import Codes, Layout, storage
+from qcompile.codegen.devices.triton_lines import Codes, Layout, Lines, storage
 from qcompile.codegen.devices.triton_numbers import Bytes, IntegerDecode, Numbers, byte_operand
 from qcompile.codegen.devices.triton_order import HELPERS as ORDER
 from qcompile.codegen.devices.triton_overlap import FEW, SMALL, ahead_lines
@@ -68,6 +69,19 @@ def octets(words):
     """The four bytes of 32-bit words, the lowest first, in two new last dimensions."""
     even = tl.join(words.to(tl.int8), (words >> 16).to(tl.int8))
     return tl.join(even, tl.join((words >> 8).to(tl.int8), (words >> 24).to(tl.int8)))''',
+    "of_rows": '''@triton.jit
+def of_rows(pointer, at):
+    """A number for each row of x. Triton lets a thread load all that it needs of less than 256, which is 32 and more; of 256
+    threads load one each and share them."""
+    if at.shape[0] >= 256:
+        return tl.load(pointer + at)
+    at = tl.join(at, at)
+    if at.shape[0] >= 128:
+        found, again = tl.split(tl.load(pointer + at))
+        return found
+    found, again = tl.split(tl.load(pointer + tl.join(at, at)))
+    found, again = tl.split(found)
+    return found''',
 }
 
 
@@ -145,8 +159,14 @@ def kernel_text(spec: KernelSpec, decode: IntegerDecode = "subnormal", *, expert
 
 
 def decode_text(spec: KernelSpec) -> str:
-    """The kernel that writes a segment's weight in rows, `[N, K]` in the type of x: pointers D and the packed parts, then N, K
-    and the row stride of D; a block for BN rows and KC units."""
+    """The kernel that writes a segment's weight in rows: pointers D and the packed parts, then N, K and the row stride of D; a
+    block for BN rows and KC units.
+
+    Without activation scheme D is `[N, K]` in the type of x, else `[N, K padded to the unit]` bytes as words of four, and
+    scales stay where they are.
+    """
+    if spec.act is not None:
+        return _decode_bytes(spec)
     layout = replace(Layout.of(spec.weight), mode="operand", cell=0)
     lines = Exact(replace(spec, segments=1, epilogue=""), layout, Numbers.of(spec.weight.format, spec.x, exact=True))
     text = {"before": lines.before(), "body": lines.decode()}
@@ -160,6 +180,59 @@ def decode_text(spec: KernelSpec) -> str:
             lanes=True,
         )
     )
+
+
+def _decode_bytes(spec: KernelSpec) -> str:
+    lines = Stored.of(replace(spec, segments=1, epilogue=""))
+    return str(
+        template("decode").render(
+            **_places(spec, lines.layout, lines),
+            before=[],
+            body=lines.decode(),
+            helpers=[],
+            pointers=["D", *(f"{name}0" for name, _ in _parts(spec.weight))],
+            operand="",
+            lanes=False,
+        )
+    )
+
+
+BAND = 8  # tiles of rows that go together over all columns
+
+
+def bytes_text(spec: KernelSpec, *, given: bool = False) -> Text:
+    """The kernel of a spec with an activation scheme over its weight as `decode_text` leaves it, all segments' rows one after
+    the other: pointers X and D (or descriptors), scales and sums of x, parts but codes, extras, Y.
+
+    Args:
+        given: that a library has made the sums of bytes, `[M, columns of all segments]`, int32 or fp32: they come as A, in
+            place of X and D, with a row stride in place of that of X.
+    """
+    lines = Stored.of(spec)
+    layout, parts, kind = lines.layout, _parts(spec.weight)[1:], BYTE_TYPES[lines.numbers.operand]
+    pointers = [("A", "i32" if lines.whole else "fp32")] if given else [("X", kind), ("D", kind)]
+    pointers += [("XS", "fp32")] + ([("XG", "i32" if lines.integers else "fp32")] if lines.corrected else [])
+    inputs = len(pointers)
+    pointers += [(f"{name}{i}", stored) for i in range(spec.segments) for name, stored in parts]
+    pointers += [(f"E{i}", TYPES[dtype]) for i, (_, dtype) in enumerate(spec.extras)] + [("Y", TYPES[spec.y])]
+    sizes = ["lda" if given else "ldx", *(f"N{i}" for i in range(spec.segments)), *_strides(spec)]
+    text = {"body": [] if given else lines.loop(), "after": lines.after(), "epilogue": lines.epilogue()}
+    source = template("bytes").render(
+        **_places(spec, layout, lines),
+        **text,
+        helpers=_helpers(text),
+        given=given,
+        band=BAND,
+        pointers=[name for name, _ in pointers],
+        sizes=sizes,
+        segments=spec.segments,
+        choose=[name for name, _ in parts] if spec.segments > 1 and not spec.paired else [],
+        pairs=lines.pairs,
+        left_of=lines.left_of,
+        sums=lines.sums,
+        before=[] if given else lines.before(),
+    )
+    return Text(source, tuple(pointers), ("M", "K", *sizes), layout, inputs)
 
 
 def finish_text(spec: KernelSpec) -> str:
@@ -211,7 +284,7 @@ def _panel_words(spec: KernelSpec) -> int:
     return 256 * spec.weight.format.bits // min(spec.weight.format.planes)
 
 
-def _places(spec: KernelSpec, layout: Layout, lines: Exact | Codes) -> dict[str, Any]:
+def _places(spec: KernelSpec, layout: Layout, lines: Lines) -> dict[str, Any]:
     """Where codes and scales lie."""
     return {
         "spec": spec,

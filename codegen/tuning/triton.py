@@ -9,8 +9,49 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from importlib import resources
+from typing import Literal
+
+# Who multiplies: one kernel that decodes beside its products; or, after a decode of the whole weight, a kernel of ours over
+# bytes, or the vendor's library.
+Way = Literal["fused", "own", "vendor"]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a kernel cuts its work.
+
+    Attributes:
+        rows: of x in a tile (at least 16, a power of two). columns: of y, a multiple of 16 and a power of two.
+        units: of the packing in one iteration; fewer where they do not divide K's. splits: blocks that share the sum over
+            K. stages: of the software pipeline. warps: of a block. way: who multiplies, where that is possible.
+        depth: columns of K in one iteration of way "own", a power of two; fewer where they do not divide K or a cell.
+        tma: that way "own" loads by descriptors, where operands are aligned. flat: that its loop over tiles and the one over K
+            are one, so that loads of a tile begin before the one before ends.
+        natural: the order in which instructions take columns, see `triton_order`; only speed depends on it.
+        registers: that a thread may have; 0: what NVIDIA's assembler takes for best, which may be a few too little, spilled
+            for the sake of one more block.
+    """
+
+    rows: int = 16
+    columns: int = 64
+    units: int = 1
+    splits: int = 1
+    stages: int = 3
+    warps: int = 4
+    way: Way = "fused"
+    depth: int = 128
+    tma: bool = False
+    flat: bool = False
+    natural: bool = True
+    registers: int = 0
+
+    @property
+    def limit(self) -> dict[str, int]:
+        """The launch option that says `registers`."""
+        return {"maxnreg": self.registers} if self.registers else {}
 
 
 @dataclass(frozen=True)
@@ -20,8 +61,7 @@ class Shape:
     Attributes:
         rows_up_to: the largest number of rows of x it is for, `None` for any. rows, columns: of a tile. depth: columns
             of the weight in one iteration, at least a unit of the packing. stages: of the software pipeline. warps: of
-            a block. waves: blocks per multiprocessor that K is split for. decoded: that the weight is decoded first.
-            registers: see `Tile`; only NVIDIA's devices know such a limit.
+            a block. waves: blocks per multiprocessor that K is split for. way, flat, registers: see `Tile`.
     """
 
     rows_up_to: int | None
@@ -31,7 +71,8 @@ class Shape:
     stages: int
     warps: int
     waves: int
-    decoded: bool = False
+    way: Way = "fused"
+    flat: bool = False
     registers: int = 0
 
 
@@ -41,13 +82,19 @@ def shapes(architecture: str, family: str) -> tuple[Shape, ...]:
 
     Args:
         architecture: "sm_90", "gfx942", ...; one without lines of its own gets the default ones.
+        family: "weight-only", "bytes", or "integers": bytes whose sums stay int32 to the end, "bytes" where it has no lines.
     """
     table = json.loads(resources.files("qcompile.codegen").joinpath("tuning", "triton.json").read_text())
-    lines = table.get(architecture, {}).get(family) or table["default"][family]
+    own, default = table.get(architecture, {}), table["default"]
+    wider = "bytes" if family == "integers" else family
+    lines = own.get(family) or own.get(wider) or default.get(family) or default[wider]
     return tuple(Shape(**line) for line in lines)
 
 
-def shape_for(architecture: str, family: str, rows: int) -> Shape:
-    """The line for so many rows of x."""
-    found = shapes(architecture, family)
-    return next(shape for shape in found if shape.rows_up_to is None or rows <= shape.rows_up_to)
+FUSED: tuple[Way, ...] = ("fused",)
+
+
+def shape_for(architecture: str, family: str, rows: int, ways: Collection[Way] = FUSED) -> Shape:
+    """The line for so many rows of x, of those whose way is possible; the last of these where none is for so many."""
+    found = [shape for shape in shapes(architecture, family) if shape.way in ways]
+    return next((shape for shape in found if shape.rows_up_to is None or rows <= shape.rows_up_to), found[-1])

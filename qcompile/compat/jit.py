@@ -105,3 +105,37 @@ def mm_float32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if a.device.type == "cuda":
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
+
+
+def mm_int8(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """A product of int8, `[m, k]` and `[k, n]` with k and n multiples of 8, as int32."""
+    m = a.shape[0]
+    if a.device.type == "cuda" and m <= 16:  # the library wants more rows
+        a = torch.nn.functional.pad(a, (0, 0, 0, 17 - m))
+    return torch._int_mm(a, b)[:m]
+
+
+def mm_e4m3(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    rows: torch.Tensor | None = None,
+    columns: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A product of e4m3, `[m, k]` and `[k, n]` with dense columns, k and n multiples of 16, with accurate sums: as fp32, or
+    (on sm_90 and later) scaled by `rows` `[m, 1]` and `columns` `[1, n]` and rounded to `out`, `[m, n]` of bf16."""
+    if out is None or rows is None or columns is None:
+        one = torch.ones((), device=a.device)
+        return torch._scaled_mm(a, b, scale_a=one, scale_b=one, out_dtype=torch.float32, use_fast_accum=False)
+    if a.device.type != "cuda":  # torch 2.11 has scales of rows and columns on GPUs only
+        return out.view(a.shape[0], -1).copy_(a.float() @ b.float() * rows * columns)
+    made = out.view(a.shape[0], -1)
+    torch.ops.aten._scaled_mm.out(a, b, rows, columns, out_dtype=out.dtype, use_fast_accum=False, out=made)
+    return out
+
+
+def descriptor(matrix: torch.Tensor, block: tuple[int, int]) -> Any:
+    """A matrix whose rows are dense, as tiles of a kernel's argument: base and row stride are multiples of 16 bytes."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(matrix, list(block))

@@ -13,7 +13,7 @@ from qcompile import compat
 from qcompile.codegen.devices.triton import Tile, TritonLowering, cut, family, fit, text_of
 from qcompile.codegen.devices.triton_overlap import ahead, can_overlap
 from qcompile.codegen.spec import KernelSpec
-from qcompile.codegen.tuning.triton import shapes
+from qcompile.codegen.tuning.triton import Shape, shapes
 from qcompile.ir.scheme import Scheme
 from qcompile.testing.compile_for import TARGETS, Report, compile_kernel
 
@@ -85,16 +85,21 @@ def spec_of(scheme: str, act: str = "", dtype: str = "bf16") -> KernelSpec:
     return KernelSpec(weight, Scheme.parse(act) if act else None, x=dtype, y=dtype)
 
 
+def fused(target: str, spec: KernelSpec) -> list[Shape]:
+    """The shipped lines for kernels that decode beside their products."""
+    return [shape for shape in shapes(target, family(spec)) if shape.way == "fused"]
+
+
 def tile_of(target: str, spec: KernelSpec, line: int, splits: int = 1) -> Tile:
     """A line of the shipped table, for a long K."""
     layout, shared = text_of(spec).layout, TARGETS[target].shared_limit if target else 65536
-    tile = cut(spec, shapes(target, family(spec))[line], shared, target)
-    return fit(replace(tile, splits=splits, decoded=False), layout, layout.unit * 4096)
+    tile = cut(spec, fused(target, spec)[line], shared, target)
+    return fit(replace(tile, splits=splits), layout, layout.unit * 4096)
 
 
 def tiles_of(target: str, spec: KernelSpec) -> list[Tile]:
     """What the lines of the shipped table become, each once."""
-    return list(dict.fromkeys(tile_of(target, spec, line) for line in range(len(shapes(target, family(spec))))))
+    return list(dict.fromkeys(tile_of(target, spec, line) for line in range(len(fused(target, spec)))))
 
 
 def per_weight(report: Report, spec: KernelSpec, tile: Tile) -> float:

@@ -245,7 +245,7 @@ def test_tiles_fit_the_rows_of_an_expert() -> None:
     spec, cpu = spec_of("int4/g128:fp16", "bf16"), torch.device("cpu")
     few, many = (choose_grouped(spec, (1024,), 2048, m, 64, cpu) for m in (64, 64 * 200))
     assert few.rows == 16 < many.rows
-    assert (many.splits, many.decoded) == (1, False)
+    assert (many.splits, many.way) == (1, "fused")
 
 
 @pytest.mark.parametrize(

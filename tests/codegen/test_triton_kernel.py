@@ -344,7 +344,7 @@ def test_product_with_a_decoded_weight(scheme: str, x: str, m: int, n: int, k: i
     parts = quantize(weight(n, k, seed), spec.weight)
     torch.manual_seed(seed)
     values = torch.randn(m, k + 3).to(OUT_DTYPES[x])[:, :k]
-    y = run(spec, values, parts, [], [n], k, Tile(decoded=True))
+    y = run(spec, values, parts, [], [n], k, Tile(way="vendor"))
     want = expected(spec, values, parts, n, k, rounded=True)
     assert ((y.double() - want.value).abs() <= allowed(want.value, want.bound, x)).all()
 
@@ -358,7 +358,7 @@ def test_the_end_of_a_product_with_a_decoded_weight() -> None:
     extras = [torch.randn(sum(n)), torch.randn(m, sum(n) + 3).bfloat16()[:, : sum(n)]]
     more = {"segments": 3, "epilogue": "acc*0.5+e0-e1", "extras": (("row", "f32"), ("mat", "bf16"))}
     spec = spec_of("int4/g128:fp16", "bf16", **more)
-    y = run(spec, x, [p for part in parts for p in part], extras, n, k, Tile(decoded=True))
+    y = run(spec, x, [p for part in parts for p in part], extras, n, k, Tile(way="vendor"))
     each = [expected(spec, x, part, size, k, rounded=True) for part, size in zip(parts, n, strict=True)]
     acc, bound = torch.cat([e.value for e in each], 1), torch.cat([e.bound for e in each], 1)
     want = acc * 0.5 + extras[0].double() - extras[1].double()
@@ -367,7 +367,7 @@ def test_the_end_of_a_product_with_a_decoded_weight() -> None:
     paired = spec_of("int4/g128:fp16", "bf16", y="f32", segments=2, epilogue="maximum(a0,a1)")
     both = [p for part in (parts[0], quantize(weight(21, k, 5), spec.weight)) for p in part]
     one, other = (expected(paired, x, both[i : i + 2], 21, k, rounded=True) for i in (0, 2))
-    y = run(paired, x, both, [], [21, 21], k, Tile(decoded=True))
+    y = run(paired, x, both, [], [21, 21], k, Tile(way="vendor"))
     want, bound = torch.maximum(one.value, other.value), torch.maximum(one.bound, other.bound)
     assert ((y.double() - want).abs() <= allowed(want, bound, "f32")).all()
 
