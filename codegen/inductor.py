@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,9 +49,12 @@ def verdict(spec: MatmulSpec, device: torch.device, x: torch.dtype, extras: Sequ
     return CpuLowering().supports(kernel)
 
 
-def kernel_name(device: torch.device) -> str:
-    """What the ledger calls the kernels of a device."""
-    return f"{device.type}-triton" if compat.writes_triton(device) else f"{device.type}-{detect_isa()}"
+def kernel_name(device: torch.device, spec: MatmulSpec, x: torch.dtype, rows: int | None) -> str:
+    """What the ledger calls the kernel of a matmul; on GPUs also how it is cut for so many rows, where that is known."""
+    if not compat.writes_triton(device):
+        return f"{device.type}-{detect_isa()}"
+    kernel = KernelSpec.of(replace(spec, epilogue="", extras=()), x, OUT_DTYPES[spec.out] if spec.out else x)
+    return f"{device.type}-triton" + (f" {triton.plan(kernel, spec.n, spec.k, rows, device)}" if rows else "")
 
 
 def packing(device: torch.device, act: Scheme | None) -> Packing:

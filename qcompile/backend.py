@@ -278,7 +278,8 @@ def _dump(options: Options, stage: str) -> Path | None:
 def _ask_lowerings(spec: MatmulSpec, device: torch.device, dtype: torch.dtype, rows: int | None) -> Kernel:
     verdict = inductor.verdict(spec, device, dtype)
     slow = inductor.loses(spec, device, dtype, rows) if verdict.ok else ""
-    return Kernel(inductor.kernel_name(device) if verdict.ok else "", slow or verdict.reason, bool(slow))
+    name = inductor.kernel_name(device, spec, dtype, rows) if verdict.ok else ""
+    return Kernel(name, slow or verdict.reason, bool(slow))
 
 
 def _no_compiler(spec: MatmulSpec, device: torch.device, dtype: torch.dtype, rows: int | None) -> Kernel:

@@ -216,6 +216,16 @@ def choose_tile(spec: KernelSpec, n: tuple[int, ...], k: int, m: int, device: to
     return replace(tile, splits=1 << max(0, min(wanted, most, 16).bit_length() - 1))
 
 
+def plan(spec: KernelSpec, n: tuple[int, ...], k: int, m: int, device: torch.device) -> str:
+    """How a product is cut, in a few characters: the tile, and how many blocks share a sum; or that the weight is decoded
+    first."""
+    tile = choose_tile(spec, n, k, m, device)
+    if tile.way == "vendor":
+        return "decoded, library"
+    text = f"{tile.rows}x{tile.columns}"
+    return f"decoded, {text}" if tile.way == "own" else text + f" split {tile.splits}" * (tile.splits > 1)
+
+
 def cut(spec: KernelSpec, shape: Shape, shared: int, architecture: str = "") -> Tile:
     """The tile of a line of the table, with fewer stages or rows where `shared` bytes or the registers do not hold them."""
     if shape.way == "own":
@@ -339,6 +349,7 @@ __all__ = [
     "family",
     "fit",
     "packing",
+    "plan",
     "prepare",
     "quantize_input",
     "run",

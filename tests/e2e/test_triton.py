@@ -24,11 +24,13 @@ from qcompile.codegen.devices import triton
 from qcompile.codegen.devices.triton_bounds import ROUNDOFF, expected
 from qcompile.codegen.devices.triton_rotate import expected as turned
 from qcompile.codegen.spec import KernelSpec
+from qcompile.compat.jit import Gpu
 from qcompile.errors import QCError
 from qcompile.ir import ops
 from qcompile.ir.codec import quantize
 from qcompile.ir.hadamard import random_signs
 from qcompile.ir.matmul import DTYPE_NAMES, MatmulSpec
+from qcompile.ir.scheme import Scheme
 from qcompile.testing.interpret import interpret
 from tests.e2e.support import compiled, decoded, noise_bound
 
@@ -150,7 +152,7 @@ def test_one_graph_serves_every_number_of_rows() -> None:
 @pytest.mark.parametrize(("recipe", "act"), [("w8a8", "int8/token:fp32"), ("w4a8", "int8/token:fp32"), ("int4", "")])
 def test_presets_have_kernels(recipe: str, act: str) -> None:
     report = explain(gated(torch.bfloat16), torch.randn(2, 128, dtype=torch.bfloat16), recipe=recipe)
-    assert {row.kernel for row in report.rows} == {"cpu-triton"}
+    assert {row.kernel for row in report.rows} == {"cpu-triton 16x64"}
     assert {row.scheme.partition(" x ")[2] for row in report.rows} == {act}
     assert report.coverage == 1.0
 
@@ -163,7 +165,7 @@ def test_converted_models_run_the_same_kernels(recipe: str, tmp_path: Path) -> N
     want = compiled(copy.deepcopy(model), recipe)(x)
     convert(model, recipe)
     report = explain(model, x, recipe=recipe)
-    assert {row.kernel for row in report.rows} == {"cpu-triton"}
+    assert {row.kernel for row in report.rows} == {"cpu-triton 16x64"}
     assert torch.equal(compiled(model, recipe)(x), want)
     save(model, tmp_path)
     assert "mma" not in (tmp_path / "qcompile.json").read_text()
@@ -192,9 +194,24 @@ def test_a_lookup_is_decoded_with_what_follows(scheme: str, kernels: int) -> Non
 
 
 def test_the_ledger_names_the_kernels() -> None:
-    report = explain(gated(torch.float16), torch.randn(2, 128, dtype=torch.float16), recipe="int4")
-    assert {row.kernel for row in report.rows} == {"cpu-triton"}
-    assert report.coverage == 1.0
+    """With the tile for so many rows."""
+    for rows, tile in ((2, "16x64"), (40, "64x64"), (300, "64x128")):
+        torch.compiler.reset()  # as another number of rows would leave the number open
+        report = explain(gated(torch.float16), torch.randn(rows, 128, dtype=torch.float16), recipe="int4")
+        assert {row.kernel for row in report.rows} == {f"cpu-triton {tile}"}
+        assert report.coverage == 1.0
+
+
+def test_plans_of_a_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows share the sum over K, many get their weight decoded once."""
+    monkeypatch.setattr(triton.compat, "gpu", lambda _: Gpu("sm_90", 132, 232448))
+    triton.choose_tile.cache_clear()
+    device = torch.device("meta")
+    floats = KernelSpec(Scheme.parse("int4/g128:fp16@mma16"), x="bf16", y="bf16")
+    bytes_ = KernelSpec(Scheme.parse("int8/axis0@mma8"), Scheme.parse("int8/token"), x="bf16", y="bf16")
+    said = [triton.plan(spec, (4096,), 4096, m, device) for spec in (floats, bytes_) for m in (1, 1024, 4096)]
+    triton.choose_tile.cache_clear()
+    assert said == ["16x64 split 4", "128x128", "decoded, library", "16x64 split 4", "128x128", "decoded, 256x128"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
