@@ -381,7 +381,7 @@ _RULES = {
     "int4": (_linear(_INT4, fit="mse"),),
     "nf4": (_linear("nf4/g64:fp16"),),
     "w8a8": (_linear(_ROW8, _TOKEN8, device="gpu"), _linear(_INT8, _ACT8)),
-    "w4a8": (_linear("int4/g128:fp16", _TOKEN8, fit="mse", device="gpu"), _linear(_INT4, _ACT8, fit="mse")),
+    "w4a8": (_linear("uint4/g128:fp16+z", _TOKEN8, fit="mse", device="gpu"), _linear(_INT4, _ACT8, fit="mse")),
 }
 PRESETS: Mapping[str, Recipe] = {name: Recipe((_TABLES, *rules), name) for name, rules in _RULES.items()} | {
     "none": Recipe((), "none")
