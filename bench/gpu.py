@@ -7,9 +7,10 @@
     python bench/gpu.py --chart FILE           # a picture of the shares in the results
 
 Blocks run in the order of what their answers are worth; each prints its lines at once and appends them to
-`bench/results/gpu-<device>.jsonl`. A block that fails does not stop the others: where it takes the device's context with
-it, a new process goes on with the next. Contestants of one shape take turns, a graph of calls over rotated copies of the
-weights, in windows of 30 ms; medians are told. The exit code is 1 when a result was wrong or a block failed.
+`bench/results/gpu-<device>.jsonl`; on a borrowed machine `--out` names a file in a folder that comes back from it, as in
+`--out "$OUT/gpu.jsonl"`. A question that fails does not stop the others, nor does a block: where it takes the device's
+context with it, a new process goes on with the next. Contestants of one shape take turns, a graph of calls over rotated
+copies of the weights, in windows of 30 ms; medians are told. The exit code is 1 when a result was wrong or a block failed.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="fewer shapes and variants")
     parser.add_argument("--interpret", action="store_true", help="without a GPU, in Triton's interpreter, tiny shapes")
     parser.add_argument("--resume", action="store_true", help="leave out what these sources answered on this device")
-    parser.add_argument("--out", type=Path, help="the file of results")
+    parser.add_argument(
+        "--out", type=Path, help="the file of results; on a borrowed machine in a folder that comes back"
+    )
     parser.add_argument("--chart", type=Path, metavar="FILE", help="draw the results in FILE as FILE.png, run nothing")
     parser.add_argument(
         "--journal", type=Path, help=argparse.SUPPRESS

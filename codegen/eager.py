@@ -56,8 +56,14 @@ def qmm_on_gpu(x: Tensor, parts: Sequence[Tensor], extras: Sequence[Tensor], spe
     kernel = _gpu_kernel(spec, x.dtype, tuple(extra.dtype for extra in extras), x.device)
     if kernel is None:
         return ops.qmm_reference(x, parts, extras, spec)
-    packed, static = [part.contiguous() for part in parts], parts[len(parts) - what.act_parts :]
+    packed, static = [_words(part) for part in parts], parts[len(parts) - what.act_parts :]
     return triton.run(kernel, x, packed[: len(packed) - len(static)], extras, what.n, what.k, static=static)
+
+
+def _words(part: Tensor) -> Tensor:
+    """A packed part as kernels read it: dense, from a whole word on."""
+    part = part.contiguous()
+    return part.clone() if part.storage_offset() * part.element_size() % 4 else part
 
 
 @cache

@@ -20,7 +20,7 @@ import hashlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +32,7 @@ from qcompile import compat
 from qcompile.codegen import eager, inductor
 from qcompile.codegen.devices.cpu import detect_isa
 from qcompile.errors import QCError, warn
+from qcompile.ir.formats import FORMATS, SCALE_FORMATS
 from qcompile.ir.matmul import MatmulSpec
 from qcompile.ir.ops import reference_only
 from qcompile.options import Options
@@ -227,6 +228,8 @@ def fingerprint(passes: Sequence[Pass], ctx: PassContext, devices: Collection[to
     cpu = not devices or not all(map(compat.writes_triton, devices))
     parts = [
         package_hash(),
+        # A user may have put others there.
+        repr(([astuple(fmt) for fmt in FORMATS.values()], [astuple(fmt) for fmt in SCALE_FORMATS.values()])),
         *(f"{item.name}:{item.fingerprint()}" for item in passes),
         ctx.recipe.fingerprint(),
         ctx.options.fingerprint(),

@@ -35,9 +35,9 @@ def verifying(inner: Callable[..., Any], ctx: PassContext) -> Callable[..., Any]
     """Wrap a compiler of functional graphs: its first call is checked, later ones are untouched."""
 
     def compile_inner(gm: fx.GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
-        copy = fx.GraphModule(gm, fx.Graph())
-        copy.graph.output(copy.graph.graph_copy(gm.graph, {}))
-        copy.recompile()
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(gm.graph, {}))
+        copy = fx.GraphModule(gm, graph)  # which takes those attributes that the nodes ask for: tables of formats
         return _Verified(inner(gm, inputs, **settings), copy, ctx, bool(settings.get("is_backward")))
 
     return compile_inner

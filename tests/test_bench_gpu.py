@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="triton is not installed: torch's builds for CPUs come without it")
+
+from qcompile import compat
+from qcompile.codegen.devices import triton, triton_decoded, triton_rotate
+from qcompile.codegen.spec import KernelSpec
+
+CPU = torch.device("cpu")
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 # A kernel compiles in another process and its machine code is in the cache: what the launch on a GPU will look for.
@@ -72,7 +83,7 @@ def test_every_block_runs_interpreted_and_nothing_is_timed(tmp_path: Path) -> No
     assert " us" not in done.stdout
     assert "tokens/s" not in done.stdout
     for size in ("full", "quick"):
-        assert sum(block.budget(size) for block in BLOCKS) <= TOTAL[size]  # type: ignore[arg-type]
+        assert sum(block.budget(size) for block in BLOCKS) <= TOTAL[size]
 
     # Again, without a line for one question: that question is asked, and the file's torn end is passed over.
     kept = [line for line in found if line["config"] not in ({"block": 0}, {"what": "launch"})]
@@ -116,6 +127,148 @@ def test_kernels_compile_ahead_without_a_gpu(tmp_path: Path) -> None:
     assert failed.count("power of 2") == 1, failed
     assert suffixes == "['.cubin', '.ptx']"
     assert count == "1"  # the same job twice is one kernel
+
+
+ENDS = """
+import os, sys
+sys.path[:0] = [{bench!r}, {root!r}]
+
+def fine(device):
+    pass
+
+def ends(device):
+    os.abort()
+
+def main():
+    from gpu_blocks.warm import Warmer
+
+    warmer = Warmer(("cuda", 90, 32), processes=2)
+    print(warmer.compile([fine, ends, *[fine] * 6], 300))
+    print(warmer.compile([fine, fine], 300))
+    warmer.left = 1
+    print(warmer.compile([ends, ends], 300))
+    warmer.close()
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_a_compiler_that_aborts_takes_no_other_job_with_it(tmp_path: Path) -> None:
+    script = tmp_path / "ends.py"
+    script.write_text(ENDS.format(bench=str(BENCH), root=str(BENCH.parent)))
+    done = run(str(script))
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, none, many = (ast.literal_eval(line) for line in done.stdout.splitlines())
+    assert [text.partition(":")[0] for text in one] == ["its process ended"]
+    assert none == []
+    assert len(many) == 2  # and no process after process for a compiler that always ends
+
+
+@pytest.fixture
+def walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A session of the full size on an H200's numbers that asks nothing: `asked` and `jobs` are what it was given."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    monkeypatch.setattr(compat, "gpu", lambda device: compat.jit.Gpu("sm_90", 132, 232448))
+    triton.choose_tile.cache_clear()
+    from gpu_blocks import BLOCKS
+    from gpu_blocks.device import Device
+    from gpu_blocks.results import Results
+    from gpu_blocks.session import Session
+
+    class Walk(Session):
+        def __init__(self, size: Any = "full") -> None:
+            super().__init__(Device(True), Results(tmp_path / "walk.jsonl", "walk", "full"), size, False, None)
+            self.asked: list[tuple[str, dict[str, Any]]] = []
+            self.jobs: list[tuple[str, Any]] = []
+            for self.block in BLOCKS:
+                if self.block.module != "models":  # starts a compiler
+                    importlib.import_module(f"gpu_blocks.{self.block.module}").run(self)
+
+        def items(self, configs: Any, cost: Any = None) -> Iterator[dict[str, Any]]:
+            self.asked += [(self.block.module, dict(config)) for config in configs]
+            return iter(())
+
+        def compile(self, jobs: Any) -> None:
+            self.jobs += [(self.block.module, job) for job in jobs]
+
+        @contextmanager
+        def guarded(self, config: Any) -> Iterator[None]:
+            yield
+
+    yield Walk
+    triton.choose_tile.cache_clear()
+
+
+@pytest.mark.parametrize("size", ["full", "quick"])
+def test_the_questions_of_a_gpu_have_shapes_that_their_kernels_take(size: str, walk: Any) -> None:
+    found = walk(size)
+    asked = {module: [config for name, config in found.asked if name == module] for module, _ in found.asked}
+    assert len(asked) == 10  # every block but the models
+    for config in asked["streams"]:
+        kind, _, block = config["kernel"].partition(" ")
+        if kind == "rotate":
+            block = int(block.split()[0])
+            assert config["columns"] % block == 0
+            assert 0 <= 8192 - config["columns"] < block
+            triton_rotate.choose_tile(
+                triton_rotate.Rotation(block, "bf16", "bf16"), config["rows"], config["columns"], CPU
+            )
+    lowering, ways, launched = triton.TritonLowering("sm_90"), dict[str, set[str]](), 0
+    for module, job in found.jobs:
+        while not isinstance(job.args[0], KernelSpec) and len(job.args) == 2 and callable(job.args[-1]):
+            job = job.args[-1]  # an overlap is around it
+        if not isinstance(job.args[0], KernelSpec):
+            assert module == "subnormals"
+            continue
+        spec, _, _, k, tile, _ = job.args
+        launched += 1
+        ways.setdefault(module, set()).add(tile.way)
+        assert lowering.supports(spec), spec
+        assert tile.way in triton_decoded.ways(spec), (module, spec, tile)
+        assert all(size & (size - 1) == 0 for size in (tile.rows, tile.columns, tile.depth, tile.warps)), tile
+        assert tile.rows >= 16 <= tile.columns
+        if module != "correctness":  # where a launch makes it fit
+            assert triton.fit(tile, triton.text_of(spec).layout, k) == tile, (module, spec, tile)
+    assert launched > 100
+    assert {"fused", "vendor"} <= ways["band"]
+    assert ways["correctness"] == ways["eight"] == {"fused", "own", "vendor"}
+
+
+def test_a_question_that_fails_is_told_and_the_next_one_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    from gpu_blocks.device import Device
+    from gpu_blocks.results import Results, load
+    from gpu_blocks.session import Session
+
+    session = Session(Device(True), Results(tmp_path / "a.jsonl", "a", "tiny"), "tiny", True, None)
+    session.until, seen = float("inf"), []
+
+    def answer(config: dict[str, Any]) -> None:
+        seen.append(config["x"])
+        if config["x"] == 1:
+            raise ValueError("one")
+        session.record(config, {"y": 0})
+
+    session.ask([{"x": x} for x in range(3)], answer)
+    assert (seen, len(session.failures)) == ([0, 1, 2], 1)
+    assert [(line["config"]["x"], line["ok"]) for line in load(tmp_path / "a.jsonl")] == [
+        (0, True),
+        (1, False),
+        (2, True),
+    ]
+    session.ask([{"x": x} for x in range(3)], answer)  # only the one that failed
+    assert seen[3:] == [1]
+
+    def broken() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(session.device, "synchronize", broken)
+    with pytest.raises(ValueError, match="one"):
+        session.ask([{"x": 1}, {"x": 5}], answer)
+    assert seen[-1] == 1
 
 
 def test_chart(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The dangerous band: 32 to 2048 rows, where bf16 has nothing to decode. Fused kernels, decoding once, and bf16.
 
-Decoding once is what Inductor makes of the plain definition; "at best" is a decode at copy bandwidth, which a kernel of its
-own could reach.
+Decoding once is the shipped way "vendor": our kernel decodes, the vendor's library multiplies. "At best" is a decode at copy
+bandwidth.
 """
 
 from __future__ import annotations
@@ -11,17 +11,16 @@ from typing import Any
 import torch
 
 from gpu_blocks import ceilings
-from gpu_blocks.device import Contestant
 from gpu_blocks.figures import figures, line
 from gpu_blocks.matmuls import Problem, Weight, compile_job, fitted, float_layer, float_weights, kernels, spec_of
 from gpu_blocks.session import Session
 from qcompile.codegen.devices.triton import Tile
-from qcompile.ir.codec import dequantize
 
 SCHEME = "int4/g128:fp16"
 FLOOR = 0.98  # of bf16's speed, that no number of rows is to fall below
 # (rows, columns, warps) of a tile
 CUTS = ((32, 64, 4), (64, 64, 4), (64, 128, 8), (128, 64, 4), (128, 128, 8), (256, 128, 8), (128, 256, 8))
+DECODED = Tile(way="vendor")
 LEAST = 4  # copies of a weight: 8192 x 8192 fills any cache twice
 
 
@@ -32,28 +31,33 @@ def run(session: Session) -> None:
     todo = session.open(configs)
     if not todo:
         return
-    tried = dict.fromkeys(tile for config in todo for tile in tiles(session, config["m"], k))
-    session.compile([compile_job(spec_of(SCHEME), todo[0]["m"], n, k, tile) for tile in tried])
-    device, spec = session.device, spec_of(SCHEME)
-    weight = Weight(device, spec, n, k, LEAST)
-    floats = float_weights(device, n, k, torch.bfloat16, LEAST)
-    decode = _decoder(session, weight)
-    for config in session.items(configs):
-        m = config["m"]
+    tried = dict.fromkeys(tile for config in todo for tile in (*tiles(session, config["m"], k), DECODED))
+    session.compile(compile_job(spec_of(SCHEME), todo[0]["m"], n, k, tile) for tile in tried)
+    device, operands = session.device, list[tuple[Weight, list[torch.Tensor]]]()
+
+    def answer(config: dict[str, Any]) -> None:
+        if not operands:
+            made = Weight(device, spec_of(SCHEME), n, k, LEAST)
+            operands.append((made, float_weights(device, n, k, torch.bfloat16, LEAST)))
+        (weight, floats), m = operands[0], config["m"]
         session.say(f"  {SCHEME} M={m} {n}x{k}")
         problem = Problem.of(weight, m)
         found = kernels(session, problem, tiles(session, m, k))
         best = device.best([contestant for _, contestant in found.values()], session.pick(3, 2, 1))
         base = float_layer(problem.x, floats)
-        racers = [base, *best, *([_once(problem, decode)] if decode else [])]
+        decoded = [contestant for _, contestant in kernels(session, problem, [DECODED]).values()]
+        racers = [base, *best, *decoded]
         us, flops = device.race(racers), 2.0 * m * n * k
         figured = {c.name: figures(session, c, us[c.name], us[base.name], flops) for c in racers}
         for contestant in racers:
             session.say(line(contestant.name, figured[contestant.name]))
         errors = {c.name: problem.error(c.result()) for c in best}  # after the clock has run
-        errors |= {c.name: problem.error(c.result(), problem.rounded) for c in racers[1 + len(best) :]}
+        errors |= {c.name: problem.error(c.result(), problem.rounded) for c in decoded}
         _verdict(session, config, figured, base.name, weight.bytes)
-        session.record(config, {"contestants": figured, "errors": errors}, ok=bool(best) and max(errors.values()) <= 1)
+        right = bool(best and decoded) and max(errors.values()) <= 1
+        session.record(config, {"contestants": figured, "errors": errors}, ok=right)
+
+    session.ask(configs, answer)
 
 
 def tiles(session: Session, m: int, k: int) -> list[Tile]:
@@ -63,28 +67,6 @@ def tiles(session: Session, m: int, k: int) -> list[Tile]:
     stages = session.pick((3, 4), (3,), (3,))
     asked = [Tile(r, c, 1, s, d, w) for r, c, w in session.pick(cuts, cuts, cuts[:1]) for d in stages for s in splits]
     return fitted(spec_of(SCHEME), asked, k)
-
-
-def _decoder(session: Session, weight: Weight) -> Any:
-    """The decode as Inductor compiles it, None if it does not."""
-    scheme, n, k = weight.spec.weight, weight.n, weight.k
-
-    def decode(parts: list[torch.Tensor]) -> torch.Tensor:
-        return dequantize(parts, scheme, n, k).to(torch.bfloat16)
-
-    try:
-        compiled = torch.compile(decode, dynamic=False)
-        compiled(weight.parts)
-    except Exception as error:
-        session.refused("decoding once", error)
-        return None
-    return compiled
-
-
-def _once(problem: Problem, decode: Any) -> Contestant:
-    """Decode the weight, then multiply: the decoded one is scratch."""
-    pool, x = problem.weight.pool, problem.x
-    return Contestant("decoded once", lambda i: torch.nn.functional.linear(x, decode(pool[i])), len(pool))
 
 
 def _verdict(session: Session, config: dict[str, Any], figured: dict[str, Any], base: str, size: int) -> None:

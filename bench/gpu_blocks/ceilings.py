@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,25 +48,18 @@ INTERFACES = (
 
 
 def run(session: Session) -> None:
-    for name in INTERFACES:
-        for config in session.items([{"what": "interface", "name": name}]):
-            session.say(f"    {name}{signature(name)}")
-            session.record(config, {"signature": signature(name)})
-    for config in session.items([COPY]):
-        _copy(session, config)
-    for config in session.items([{"what": "read"}]):
-        _read(session, config)
-    for config in session.items([{"what": "bf16", "size": session.pick(8192, 8192, 64)}]):
-        _matmul(session, config)
-    for config in session.items([{"what": "launch"}]):
-        _launch(session, config)
+    session.ask([{"what": "interface", "name": name} for name in INTERFACES], partial(_interface, session))
+    session.ask([COPY], partial(_copy, session))
+    session.ask([{"what": "read"}], partial(_read, session))
+    session.ask([{"what": "bf16", "size": session.pick(8192, 8192, 64)}], partial(_matmul, session))
+    session.ask([{"what": "launch"}], partial(_launch, session))
 
 
 def copy_bandwidth(session: Session) -> float | None:
     """Bytes per second, read and written, of a copy: what is on file for this device, else measured now. `None` where
     nothing is timed."""
-    found = session.results.last(0, COPY) or _measure_copy(session)
-    return found.get("bytes_per_s")
+    found = session.results.last(0, COPY) or {}
+    return found.get("bytes_per_s") or _measure_copy(session).get("bytes_per_s")
 
 
 def signature(name: str) -> str:
@@ -80,7 +74,13 @@ def signature(name: str) -> str:
         return f": {type(error).__name__}: {error}"
 
 
-def _copy(session: Session, config: dict[str, object]) -> None:
+def _interface(session: Session, config: dict[str, Any]) -> None:
+    found = signature(config["name"])
+    session.say(f"    {config['name']}{found}")
+    session.record(config, {"signature": found})
+
+
+def _copy(session: Session, config: dict[str, Any]) -> None:
     found = _measure_copy(session)
     session.say(
         "    copy: not timed" if not found else f"    copy: {found['bytes_per_s'] / 1e12:.2f} TB/s, read and written"
@@ -97,7 +97,7 @@ def _measure_copy(session: Session) -> dict[str, float]:
     return {} if us is None else {"us": us, "bytes_per_s": 8 * words / us * 1e6}
 
 
-def _read(session: Session, config: dict[str, object]) -> None:
+def _read(session: Session, config: dict[str, Any]) -> None:
     count, block = session.pick(64, 64, 2), session.pick(2048, 2048, 64)
     programs = session.pick(8192, 8192, 3)
     source = torch.ones(programs * count * block, dtype=torch.int32, device=session.device.torch)
@@ -113,7 +113,7 @@ def _read(session: Session, config: dict[str, object]) -> None:
     session.record(config, found, ok=right)
 
 
-def _matmul(session: Session, config: dict[str, int]) -> None:
+def _matmul(session: Session, config: dict[str, Any]) -> None:
     size = config["size"]
     a, b = (session.device.randn(size, size, seed=seed) for seed in (0, 1))
     us = session.device.race([Contestant("matmul", lambda i: a @ b)])["matmul"]
@@ -122,7 +122,7 @@ def _matmul(session: Session, config: dict[str, int]) -> None:
     session.record(config, found)
 
 
-def _launch(session: Session, config: dict[str, object]) -> None:
+def _launch(session: Session, config: dict[str, Any]) -> None:
     """Kernels that do nothing, one after the other in a graph."""
     kernel, x = compat.triton_kernel(EMPTY), torch.zeros(1, device=session.device.torch)
     chain = Contestant("launch", lambda i: kernel[(132,)](x), session.pick(200, 200, 2))

@@ -32,8 +32,9 @@ def run(session: Session) -> None:
     sizes = session.pick((4096, 6144, 8192), (4096,), (128,))
     configs = [{"scheme": SCHEME, "what": "chain", "n": n} for n in sizes]
     todo, spec = session.open(configs), spec_of(SCHEME)
-    session.compile([job for config in todo for job in _jobs(session, spec, config["n"])])
-    for config in session.items(configs):
+    session.compile(job for config in todo for job in _jobs(session, spec, config["n"]))
+
+    def answer(config: dict[str, Any]) -> None:
         n = config["n"]
         session.say(f"  {SCHEME} M=1 {n}x{n}, {LENGTH} in a row; the times are of one")
         weight = Weight(session.device, spec, n, n, least=3 * LENGTH)
@@ -41,6 +42,8 @@ def run(session: Session) -> None:
         for tile in tiles(session, spec, n):
             problem.kernel(tile)  # checked
         _measure(session, config, problem, tiles(session, spec, n))
+
+    session.ask(configs, answer)
 
 
 def tiles(session: Session, spec: KernelSpec, n: int) -> list[Tile]:

@@ -7,15 +7,19 @@ of its bound. New kinds of kernels add a function to `FAMILIES`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 
-from gpu_blocks.matmuls import compile_job, spec_of, sums_of
+from gpu_blocks.matmuls import compile_job, rounded, spec_of, sums_of
 from gpu_blocks.other_kernels import Case, caches, experts, rotations
 from gpu_blocks.session import Session
 from qcompile.codegen.devices.triton import Tile, TritonLowering
 from qcompile.codegen.devices.triton import run as launch
 from qcompile.codegen.devices.triton_bounds import ROUNDOFF, SMALLEST, expected
+from qcompile.codegen.devices.triton_decoded import ways
 from qcompile.codegen.spec import KernelSpec
 from qcompile.ir.codec import dequantize, quantize
 from qcompile.ir.formats import FORMATS
@@ -30,21 +34,37 @@ MORE = (
     *("e2m1/g32:e8m0", "e2m1/g16:e4m3/tensor:fp32", "int4/g128:int8/axis0:fp32", "ternary/tensor", "int3/g512:bf16"),
 )
 TILES = (Tile(), Tile(units=2, splits=3), Tile(rows=32, columns=128, warps=8, splits=2))
+VENDOR = Tile(way="vendor")
+# Our own product of bytes: by descriptors, as one loop over all tiles, by pointers.
+OWN = tuple(
+    Tile(rows, columns, 1, 1, 3, warps, "own", 128, tma, flat)
+    for rows, columns, warps, tma, flat in (
+        (128, 128, 8, True, False),
+        (64, 128, 4, True, True),
+        (128, 64, 4, False, False),
+    )
+)
 
 
 def run(session: Session) -> None:
     for family, cases_of in FAMILIES.items():
-        cases = list(cases_of(session))
-        session.compile([case.job for case in cases if case.job])
-        worst, done, bad = 0.0, 0, 0
-        named = {case.name: case for case in cases}
-        for config in session.items({"family": family, "case": name} for name in named):
-            error = named[config["case"]].error(session.device.torch)
-            done, worst, bad = done + 1, max(worst, error), bad + (not error <= 1)
-            if not error <= 1:
-                session.say(f"    WRONG {config['case']}: {error:.3g} times the bound")
-            session.record(config, {"error": error}, ok=error <= 1)
-        session.say(f"    {family}: {done - bad} of {len(cases)} right, the largest error is {worst:.2f} of its bound")
+        named, errors = dict[str, Case](), dict[str, float]()
+        with session.guarded({"family": family}):
+            named.update((case.name, case) for case in cases_of(session))
+        session.compile(case.job for case in named.values() if case.job)
+        session.ask([{"family": family, "case": name} for name in named], partial(_case, session, named, errors))
+        right = [error for error in errors.values() if error <= 1]
+        session.say(
+            f"    {family}: {len(right)} of {len(named)} right, the largest error is "
+            f"{max(errors.values(), default=0.0):.2f} of its bound"
+        )
+
+
+def _case(session: Session, named: Mapping[str, Case], errors: dict[str, float], config: dict[str, Any]) -> None:
+    errors[config["case"]] = error = named[config["case"]].error(session.device.torch)
+    if not error <= 1:
+        session.say(f"    WRONG {config['case']}: {error:.3g} times the bound")
+    session.record(config, {"error": error}, ok=error <= 1)
 
 
 def products(session: Session) -> Iterator[Case]:
@@ -75,6 +95,34 @@ def bytes_(session: Session) -> Iterator[Case]:
             yield _product(session, spec, TILES[i % len(TILES)])
 
 
+def decoded(session: Session) -> Iterator[Case]:
+    """The other ways: a weight that is decoded once, then our own product of bytes or the vendor's library."""
+    plain = [f"{name}/{'axis0' if i % 2 else 'g64:fp16'}" for i, name in enumerate(FORMATS)] + list(MORE)
+    for i, scheme in enumerate(session.pick(plain, plain[:: len(TILES)], plain[-2:])):
+        spec = spec_of(scheme, dtype=("bf16", "f16")[i % 2])
+        yield _product(session, spec, VENDOR)
+        if i % 2:  # sums that a second kernel finishes
+            yield _product(session, replace(spec, y="f32"), VENDOR)
+    for act, schemes in BYTES.items():
+        for i, scheme in enumerate(session.pick(schemes, schemes, schemes[:1])):
+            for dtype in session.pick(
+                ("bf16", "f16"), ("bf16",), ("bf16",)
+            ):  # of bf16 a library makes the whole result
+                spec = spec_of(scheme, act, dtype)
+                owns = session.pick(OWN, OWN[i % len(OWN) :][:1], (replace(OWN[i % len(OWN)], rows=16, columns=32),))
+                for tile in (*owns, VENDOR):
+                    if tile.way in ways(spec) and TritonLowering().supports(spec):
+                        yield _product(session, spec, tile)
+
+
+# By activation: weights with one scale for a row, with zero points, with groups.
+BYTES = {
+    "int8/token": ("int8/axis0", "uint4/axis0:fp32+z", "uint4/g128:fp16+z", "int4/g128:int8/axis0:fp32"),
+    "e4m3/token": ("e4m3/axis0", "int4/g128:fp16", "uint8/axis0:fp32+z"),
+    "e4m3/g128:fp32": ("e4m3/g128:fp32", "e4m3/b128x128:fp32"),
+}
+
+
 def _product(session: Session, spec: KernelSpec, tile: Tile) -> Case:
     m, n, k = session.pick(LARGE, LARGE, TINY)
 
@@ -84,10 +132,19 @@ def _product(session: Session, spec: KernelSpec, tile: Tile) -> Case:
         x[m // 2] = 0
         parts = quantize(torch.randn(n, k, generator=generator) / 8, spec.weight)
         y = launch(spec, x.to(device), [part.to(device) for part in parts], [], [n], k, tile).cpu()
-        want = expected(spec, x, parts, n, k, **sums_of(spec, device))
+        want = expected(spec, x, parts, n, k, rounded(spec, tile), **sums_of(spec, device))
         return _excess(y, want.value, want.bound, spec.y)
 
-    return Case(f"{spec} {tile.rows}x{tile.columns} split{tile.splits}", error, compile_job(spec, m, n, k, tile))
+    return Case(f"{spec} {_named(tile)}", error, compile_job(spec, m, n, k, tile))
+
+
+def _named(tile: Tile) -> str:
+    if tile.way == "vendor":
+        return "decoded, vendor"
+    text = f"{tile.rows}x{tile.columns}"
+    if tile.way == "own":
+        return f"decoded, {text}{' descriptors' * tile.tma}{' flat' * tile.flat}"
+    return f"{text} split{tile.splits}"
 
 
 # What an epilogue computes; at most three operations, each within 4 units of fp32 of its value, on exact sums.
@@ -130,8 +187,10 @@ def merged(session: Session) -> Iterator[Case]:
     """Several weights in one launch: side by side with a bias, and gate and up with silu(gate) * up."""
     pairs = {"": "uint4/g32:fp16+m", "int8/token": "uint4/g128:fp16+z"}
     for act, scheme in pairs.items():
-        for tile in session.pick(TILES, TILES, TILES[1:2]):
-            one = spec_of(scheme, act)
+        one = spec_of(scheme, act)
+        for tile in (*session.pick(TILES, TILES, TILES[1:2]), *session.pick(OWN, OWN[:1], ()), VENDOR):
+            if tile.way not in ways(one):
+                continue
             for epilogue, extras in (("silu(a0)*a1", ()), ("acc+e0", (("row", "f32"),))):
                 spec = KernelSpec(one.weight, one.act, 2, epilogue, extras, "bf16", "bf16")
                 yield _merged(session, spec, tile)
@@ -145,7 +204,7 @@ def _merged(session: Session, spec: KernelSpec, tile: Tile) -> Case:
         x = torch.randn(m, k, generator=generator).bfloat16()
         parts = [quantize(torch.randn(n, k, generator=generator) / 8, spec.weight) for _ in range(2)]
         bias = [torch.randn(2 * n, generator=generator)] if spec.extras else []
-        one, other = (expected(spec, x, part, n, k) for part in parts)
+        one, other = (expected(spec, x, part, n, k, rounded(spec, tile)) for part in parts)
         flat = [part.to(device) for each in parts for part in each]
         y = launch(spec, x.to(device), flat, [part.to(device) for part in bias], [n, n], k, tile).cpu()
         if bias:  # one more rounding to fp32
@@ -158,8 +217,7 @@ def _merged(session: Session, spec: KernelSpec, tile: Tile) -> Case:
         bound = 1.1 * other.value.abs() * one.bound + silu.abs() * other.bound + 1.1 * one.bound * other.bound
         return _excess(y, want, bound + 6 * 2.0**-23 * want.abs(), spec.y)
 
-    name = f"{spec} {tile.rows}x{tile.columns} split{tile.splits}"
-    return Case(name, error, compile_job(spec, m, n, k, tile))
+    return Case(f"{spec} {_named(tile)}", error, compile_job(spec, m, n, k, tile))
 
 
 def encoding(session: Session) -> Iterator[Case]:
@@ -196,6 +254,7 @@ def _excess(y: torch.Tensor, want: torch.Tensor, bound: torch.Tensor, dtype: str
 FAMILIES: Mapping[str, Callable[[Session], Iterator[Case]]] = {
     "products of floats": products,
     "products of bytes": bytes_,
+    "decoded weights": decoded,
     "epilogues": epilogues,
     "merged weights": merged,
     "encoding on the device": encoding,

@@ -143,7 +143,7 @@ class _Graph:
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, stream=stream):  # what was allocated for a stream is there
             for i in range(self.copies):
                 contestant.call(i)
         self.graph.replay()

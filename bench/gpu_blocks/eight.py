@@ -77,14 +77,11 @@ def run(session: Session) -> None:
         else:
             session.say(f"  {pair.weight} x {pair.act}: {verdict.reason}")
     session.compile(
-        [
-            compile_job(spec_of(weight, act), 4096, 4096, 4096, tile)
-            for weight, act in dict.fromkeys((str(c["weight"]), str(c["act"])) for c in configs)
-            for tile in tiles(session, weight, act)
-        ]
+        compile_job(spec_of(weight, act), 4096, 4096, 4096, tile)
+        for weight, act in dict.fromkeys((str(c["weight"]), str(c["act"])) for c in configs)
+        for tile in tiles(session, weight, act)
     )
-    for config in session.items(configs):
-        _shape(session, config)
+    session.ask(configs, partial(_shape, session))
 
 
 def tiles(session: Session, weight: str, act: str) -> list[Tile]:
@@ -112,6 +109,7 @@ def named(tile: Tile) -> str:
 
 
 def _shape(session: Session, config: dict[str, Any]) -> None:
+    torch.compiler.reset()  # each question compiles the same few functions anew: Dynamo stops at eight of one
     m, n, k, device = config["m"], config["n"], config["k"], session.device
     pair, spec = PAIRS[config["weight"]], spec_of(config["weight"], config["act"])
     session.say(f"  {config['weight']} x {config['act']} {m}x{n}x{k}")

@@ -42,21 +42,23 @@ def run(session: Session) -> None:
     configs = [{"scheme": s, "m": m, "n": n, "k": k} for n, k in shapes for s in schemes for m in rows]
     todo = session.open(configs)
     session.compile(
-        [
-            compile_job(spec_of(c["scheme"]), c["m"], c["n"], c["k"], tile)
-            for c in todo
-            for tile in tiles(session, spec_of(c["scheme"]), c["m"], c["n"], c["k"])
-        ]
+        compile_job(spec_of(c["scheme"]), c["m"], c["n"], c["k"], tile)
+        for c in todo
+        for tile in tiles(session, spec_of(c["scheme"]), c["m"], c["n"], c["k"])
     )
     floats: dict[Any, list[torch.Tensor]] = {}
     weights: dict[Any, Weight] = {}
-    for config in session.items(configs):
+
+    def answer(config: dict[str, Any]) -> None:
+        nonlocal floats, weights
         scheme, n, k = config["scheme"], config["n"], config["k"]
         if (n, k) not in floats:
             floats = {(n, k): float_weights(session.device, n, k, torch.bfloat16)}
         if (scheme, n, k) not in weights:
             weights = {(scheme, n, k): Weight(session.device, spec_of(scheme), n, k)}
         _format(session, config, weights[(scheme, n, k)], floats[(n, k)])
+
+    session.ask(configs, answer)
 
 
 def tiles(session: Session, spec: KernelSpec, m: int, n: int, k: int) -> list[Tile]:

@@ -16,9 +16,10 @@ import torch
 from gpu_blocks.device import Contestant, Device
 from gpu_blocks.session import Session, Wrong
 from gpu_blocks.warm import Job
+from qcompile import compat
 from qcompile.codegen.devices.triton import Tile, choose_tile, fit, packing, run, text_of
-from qcompile.codegen.devices.triton_bounds import ROUNDOFF, SMALLEST, Expected, expected
-from qcompile.codegen.devices.triton_numbers import IntegerDecode
+from qcompile.codegen.devices.triton_bounds import ROUNDOFF, SMALLEST, Expected, expected, unit_of
+from qcompile.codegen.devices.triton_numbers import IntegerDecode, byte_operand
 from qcompile.codegen.devices.triton_text import kernel_text
 from qcompile.codegen.spec import KernelSpec
 from qcompile.ir.codec import quantize
@@ -27,6 +28,7 @@ from qcompile.ir.packing import PANEL, ceil_div, packed_parts
 from qcompile.ir.scheme import Scheme
 
 ROWS = 512  # of a weight that are quantized; further panels repeat these
+VENDOR = "decoded, vendor"  # the weight once, then the vendor's product
 CHECKED = 8  # panels at each end of the weight that are compared, and four times as many rows of x
 
 
@@ -116,9 +118,13 @@ class Problem:
         corner = y[self.rows.to(y.device)][:, columns.to(y.device)].cpu().double()
         return float(((corner - want.value).abs() / want.bound).nan_to_num(float("inf")).max())
 
-    def check(self, name: str, y: torch.Tensor) -> float:
+    def allowed(self, tile: Tile) -> Expected:
+        """What is allowed for a generated kernel with a tile."""
+        return self.rounded if rounded(self.weight.spec, tile) else self.want
+
+    def check(self, name: str, y: torch.Tensor, want: Expected | None = None) -> float:
         """`error`; raises `Wrong` for one beyond the bound."""
-        error = self.error(y)
+        error = self.error(y, want)
         if not error <= 1:
             raise Wrong(f"{name}: the error is {error:.3g} times the bound")
         return error
@@ -133,17 +139,21 @@ class Problem:
         spec, n, k = self.weight.spec, self.weight.n, self.weight.k
         text, pool = kernel_text(spec, decode), self.weight.pool
         name = name or label(tile, decode)
-        self.check(name, run(spec, self.x, pool[0], [], [n], k, tile, text))
+        self.check(name, run(spec, self.x, pool[0], [], [n], k, tile, text), self.allowed(tile))
         return Contestant(
             name, lambda i: run(spec, self.x, pool[i], [], [n], k, tile, text), len(pool), self.weight.bytes
         )
 
 
 def sums_of(spec: KernelSpec, device: torch.device) -> dict[str, Any]:
-    """What `expected` is to know about the device's sums: those of e4m3 keep 13 bits after the leading one of the largest
-    term on sm_90 (DeepSeek-V3 Technical Report, 2024, section 3.3.2)."""
-    coarse = device.type == "cuda" and spec.act is not None and spec.act.format.name == "e4m3"
-    return {"byte_unit": 2.0**-13} if coarse else {}
+    """What `expected` is to know about the device's sums of e4m3."""
+    coarse = spec.act is not None and byte_operand(spec.act) == "e4m3"
+    return {"byte_unit": unit_of(compat.gpu(device).architecture)} if coarse else {}
+
+
+def rounded(spec: KernelSpec, tile: Tile) -> bool | None:
+    """`rounded` of `expected` for a tile: a weight that is decoded for the vendor's library is rounded to 16 bits first."""
+    return True if tile.way == "vendor" and spec.act is None else None
 
 
 def _ends(count: int, each: int) -> torch.Tensor:
@@ -155,6 +165,8 @@ def _ends(count: int, each: int) -> torch.Tensor:
 
 def label(tile: Tile, decode: str = "subnormal") -> str:
     """A tile in a few characters."""
+    if tile.way == "vendor":
+        return VENDOR
     text = f"{tile.rows}x{tile.columns} u{tile.units} split{tile.splits} stages{tile.stages} warps{tile.warps}"
     return text if decode == "subnormal" else f"{text} {decode}"
 
@@ -200,7 +212,7 @@ def kernels(
     return found
 
 
-def wider(tile: Tile, **changes: int) -> Tile:
+def wider(tile: Tile, **changes: Any) -> Tile:
     """A tile with other fields."""
     return replace(tile, **changes)
 
@@ -214,6 +226,7 @@ __all__ = [
     "float_weights",
     "kernels",
     "label",
+    "rounded",
     "spec_of",
     "sums_of",
     "wider",

@@ -18,9 +18,9 @@ import torch
 import qcompile
 from gpu_blocks.decoder import SHAPES, Decoder, random_decoder
 from gpu_blocks.session import Session
-from qcompile.conversion import packed_weights
 from qcompile.ir.codec import dequantize
 from qcompile.ir.scheme import Scheme
+from qcompile.packed import packed_weights
 
 CONTEXT = 1024
 # (rows in a batch, tokens of one call)
@@ -42,9 +42,11 @@ def run(session: Session) -> None:
     engines = session.pick(ENGINES, FIRST, FIRST[1:])
     phases = session.pick(tuple(PHASES), ("decode",), ("decode", "prefill"))
     configs = _questions(models, engines, phases)
-    _warm_up(session)
+    with session.guarded({"what": "warm up"}):
+        _warm_up(session)
     cost = session.pick(COST, COST, {})
-    for config in session.items(configs, lambda config: cost.get(config["model"], 0.0)):
+
+    def answer(config: dict[str, Any]) -> None:
         measure = _verify if config["phase"] == "verify" else _measure
         try:
             measure(session, config)
@@ -52,6 +54,8 @@ def run(session: Session) -> None:
             session.say(f"    {config}: {str(error).splitlines()[0]}")
         finally:
             _forget(session)
+
+    session.ask(configs, answer, lambda config: cost.get(config["model"], 0.0))
 
 
 def _questions(models: Sequence[str], engines: Sequence[str], phases: Sequence[str]) -> list[dict[str, Any]]:
@@ -191,11 +195,14 @@ def _step(
         return lambda: _marked(call, inputs)
     torch.compiler.reset()
     plain = _compiled(model, engine)
-    for _ in range(3):
-        plain(*inputs)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            plain(*inputs)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         plain(*inputs)
     return graph.replay
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import importlib
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,6 +42,7 @@ class Session:
         self.device, self.results, self.size, self.resume, self.warmer = device, results, size, resume, warmer
         self.failures: list[str] = []
         self.block, self.until, self.cut = BLOCKS[0], 0.0, False
+        self.told: set[str] = set()
 
     def pick(self, full: T, quick: T, tiny: T) -> T:
         """Of three values the one for this run."""
@@ -74,6 +76,37 @@ class Session:
                 return
             yield config
 
+    def ask(
+        self,
+        configs: Iterable[Mapping[str, Any]],
+        answer: Callable[[dict[str, Any]], object],
+        cost: Callable[[Mapping[str, Any]], float] = lambda _: 0.0,
+    ) -> None:
+        """Answer the open questions, `items`, one by one, each `guarded`."""
+        for config in self.items(configs, cost):
+            with self.guarded(config):
+                answer(config)
+
+    @contextmanager
+    def guarded(self, config: Mapping[str, Any]) -> Iterator[None]:
+        """An error in here is the answer to a question, written down as a failure, and the next question may be asked; one
+        that has harmed the device is raised again."""
+        try:
+            yield
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+            trace = traceback.format_exc()
+            known = isinstance(error, Wrong) or text in self.told
+            self.told.add(text)
+            self.say(f"    FAILED {dict(config)}: {text[:300]}" if known else f"    FAILED {dict(config)}\n{trace}")
+            self.record(config, {"failed": text[:500], "trace": trace[-3000:]}, ok=False)
+            if not _answers(self.device):
+                raise
+        else:
+            return
+        gc.collect()  # what the frames of the error held
+        self.device.free()
+
     def record(self, config: Mapping[str, Any], result: Mapping[str, Any], ok: bool = True) -> None:
         """Write down an answer; one that is not `ok` makes the run fail."""
         self.results.add(self.block.number, config, result, ok)
@@ -92,13 +125,17 @@ class Session:
             raise error
         self.say(f"    {name}: {type(error).__name__}: {str(error).partition(chr(10))[0][:150]}")
 
-    def compile(self, jobs: Sequence[Job]) -> None:
-        """Compile ahead, for at most two thirds of what is left of the budget."""
-        if self.warmer is None or not jobs:
+    def compile(self, jobs: Iterable[Job]) -> None:
+        """Compile ahead, for at most two thirds of what is left of the budget. Whatever fails here, a launch says again."""
+        asked: list[Job] = []
+        with self.guarded({"what": "jobs to compile"}):
+            asked.extend(jobs)
+        if self.warmer is None or not asked:
             return
-        begun = time.monotonic()
-        failed = self.warmer.compile(jobs, self.left() * 2 / 3)
-        self.say(f"  compiled {len(jobs) - len(failed)} of {len(jobs)} kernels in {time.monotonic() - begun:.1f} s")
+        begun, failed = time.monotonic(), list[str]()
+        with self.guarded({"what": "compiling ahead"}):
+            failed = self.warmer.compile(asked, self.left() * 2 / 3)
+        self.say(f"  compiled {len(asked) - len(failed)} of {len(asked)} kernels in {time.monotonic() - begun:.1f} s")
         for text in sorted(set(failed)):
             self.say(f"  did not compile ({failed.count(text)}): {text}")
 
@@ -175,7 +212,7 @@ def work(
             _note(journal, number, "begun")
             state = session.run(block, min(budgets[number], left))
             _note(journal, number, state)
-            if state == "error" and not _answers(device):
+            if state != "ok" and not _answers(device):
                 return BROKEN
     return 0
 
@@ -194,8 +231,10 @@ def _note(journal: Path, number: int, state: str) -> None:
 
 def _answers(device: Device) -> bool:
     try:
-        device.randn(8).sum().item()
         device.synchronize()
+        device.randn(8).sum().item()
+    except torch.OutOfMemoryError:
+        return True  # it says so itself
     except RuntimeError as error:
         print(f"the device no longer answers: {error}", file=sys.stderr, flush=True)
         return False

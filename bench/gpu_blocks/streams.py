@@ -49,18 +49,23 @@ class Stream:
 
     Attributes:
         call: makes its results out of x. error: of what it makes of x, in units of what is allowed. dtype: of x.
+        unit: what divides its columns.
     """
 
     call: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
     error: Callable[[torch.Tensor, tuple[torch.Tensor, ...]], float]
     dtype: torch.dtype = torch.bfloat16
+    unit: int = 1
 
 
 def run(session: Session) -> None:
     streams = dict(_streams(session))
     rows, columns = session.pick((16384, 8192), (16384, 8192), (8, 512))
-    for config in session.items({"kernel": name, "rows": rows, "columns": columns} for name in streams):
-        _measure(session, config, streams[config["kernel"]])
+    configs = [
+        {"kernel": name, "rows": rows, "columns": columns // stream.unit * stream.unit}
+        for name, stream in streams.items()
+    ]
+    session.ask(configs, lambda config: _measure(session, config, streams[config["kernel"]]))
 
 
 def _streams(session: Session) -> Iterator[tuple[str, Stream]]:
@@ -85,7 +90,7 @@ def _rotation(size: int, *, signed: bool) -> Stream:
         want = expected(x[:CHECKED].cpu(), size, random_signs(x.shape[1], SEED) if signed else None)
         return _worst((made[0][:CHECKED].cpu().double() - want.value).abs() / want.bound)
 
-    return Stream(lambda x: (rotate(x, size, signs(x)),), error)
+    return Stream(lambda x: (rotate(x, size, signs(x)),), error, unit=size)
 
 
 _SIGNS: dict[tuple[int, torch.device], torch.Tensor] = {}
@@ -139,6 +144,7 @@ def _worst(errors: torch.Tensor) -> float:
 
 
 def _measure(session: Session, config: dict[str, Any], stream: Stream) -> None:
+    torch.compiler.reset()  # all streams that quantize are one function to Dynamo
     device = session.device
     first = device.randn(config["rows"], config["columns"], dtype=stream.dtype)
     made = stream.call(first)

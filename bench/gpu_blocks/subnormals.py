@@ -62,10 +62,9 @@ WARPS = {"wgmma": 4, "mma.sync": 2}  # of a block of 64 rows: fewer than a warpg
 
 
 def run(session: Session) -> None:
-    session.compile([*(partial(_warm_dot, name, warps) for name in KINDS for warps in WARPS.values())])
+    session.compile(partial(_warm_dot, name, warps) for name in KINDS for warps in WARPS.values())
     configs = [{"operand": name, "instruction": mma} for name in KINDS for mma in WARPS]
-    for config in session.items(configs):
-        _operands(session, config)
+    session.ask(configs, partial(_operands, session))
     kinds = {name: Numbers.of(fmt, "f16").kind for name, fmt in FORMATS.items()}
     names = [name for name, kind in kinds.items() if kind != "table"]
     few = ["int3", "int4", "int8", "e4m3", "e2m1", "ternary"]
@@ -77,12 +76,15 @@ def run(session: Session) -> None:
         for name in formats
         for decode in (("subnormal", "magic") if kinds[name] == "int" else ("subnormal",))
     ]
-    session.compile([_warm_codes(config) for config in codes])
-    wrong = {}
-    for config in session.items(codes):
+    session.compile(_warm_codes(config) for config in codes)
+    wrong: dict[tuple[str, ...], int] = {}
+
+    def answer(config: dict[str, Any]) -> None:
         found = _codes(session, config)
         session.record(config, found, ok=not found["mismatches"])
         wrong[tuple(config.values())] = found["mismatches"]
+
+    session.ask(codes, answer)
     bad = {" ".join(key): count for key, count in wrong.items() if count}
     session.say(f"    codes of kernels: {len(wrong)} cases, " + (f"MISMATCHES {bad}" if bad else "every code exact"))
 

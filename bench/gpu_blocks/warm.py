@@ -10,8 +10,11 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, wait
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import torch
@@ -21,30 +24,60 @@ Job = Callable[[torch.device], object]  # of a module's function and plain argum
 
 
 class Warmer:
-    """A pool of compiling processes."""
+    """Compiling processes, each a pool of its own: a job that ends its process takes no other with it."""
 
     def __init__(self, target: Target, processes: int | None = None) -> None:
         count = processes or max(1, min(16, (os.cpu_count() or 2) - 1))
-        self.pool = ProcessPoolExecutor(
-            count, mp_context=multiprocessing.get_context("spawn"), initializer=_prepare, initargs=(target,)
-        )
-        self.started = [self.pool.submit(_nothing) for _ in range(count)]  # imports take seconds: begin now
+        self.target, self.left = target, 2 * count  # processes that may end before their time
+        self.idle = deque(self._process() for _ in range(count))
 
-    def compile(self, jobs: Sequence[Job], seconds: float) -> list[str]:
+    def _process(self) -> ProcessPoolExecutor:
+        context = multiprocessing.get_context("spawn")
+        made = ProcessPoolExecutor(1, mp_context=context, initializer=_prepare, initargs=(self.target,))
+        made.submit(_nothing)  # imports take seconds: begin now
+        return made
+
+    def compile(self, jobs: Iterable[Job], seconds: float) -> list[str]:
         """Wait for all jobs, or as long as said.
 
         Returns:
             What went wrong, one text for each job that failed; a launch of such a kernel will say it again.
         """
-        futures = [self.pool.submit(_work, job) for job in jobs]
-        done, late = wait(futures, timeout=max(0.0, seconds))
-        for future in late:
-            future.cancel()
-        return [text for future in done if not future.cancelled() and (text := future.result())]
+        until, waiting, failed = time.monotonic() + seconds, deque(jobs), list[str]()
+        busy: dict[Future[str], ProcessPoolExecutor] = {}
+        while (waiting or busy) and self.left:
+            while waiting and self.idle:
+                process = self.idle.popleft()
+                try:
+                    busy[process.submit(_work, waiting[0])] = process
+                    waiting.popleft()
+                except BrokenProcessPool:  # by a job of an earlier call that took too long
+                    self._replace(process)
+            done, _ = wait(busy, max(0.0, until - time.monotonic()), FIRST_COMPLETED)
+            if not done:
+                break
+            for future in done:
+                process = busy.pop(future)
+                try:
+                    text = future.result()
+                    self.idle.append(process)
+                except BrokenProcessPool as error:
+                    text = f"its process ended: {error}"[:200]
+                    self._replace(process)
+                failed += [text] if text else []
+        self.idle.extend(busy.values())  # the next jobs wait for these
+        why = "not in time" if self.left else "processes end before their time"
+        return failed + [why] * (len(waiting) + len(busy))
+
+    def _replace(self, process: ProcessPoolExecutor) -> None:
+        process.shutdown(wait=False)
+        self.left = max(0, self.left - 1)
+        self.idle.append(self._process())
 
     def close(self) -> None:
         """End the processes; jobs that wait are dropped."""
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        for process in self.idle:
+            process.shutdown(wait=False, cancel_futures=True)
 
 
 def _nothing() -> None:
@@ -55,7 +88,9 @@ def _work(job: Job) -> str:
     try:
         job(torch.device("meta"))
     except Exception as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[-1]}"[:200]  # a compiler's reason is its last line
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[-1]}"[
+            :200
+        ]  # a compiler's reason is its last line
     return ""
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 from statistics import median
 from typing import Any
 
@@ -58,16 +59,21 @@ def run(session: Session) -> None:
     session.compile(_jobs(session, todo))
     weights: dict[Any, Weight] = {}
     times: dict[Any, dict[Tile, float]] = {}
-    for config in session.items(configs):
+
+    def answer(config: dict[str, Any]) -> None:
+        nonlocal weights
         key = (config["scheme"], config["n"], config["k"])
         if key not in weights:
             weights = {key: Weight(session.device, spec_of(config["scheme"]), config["n"], config["k"])}
         times[(*key, config["m"])] = _shape(session, config, weights[key])
-    _sixteen(session, times)
-    _candidates(session, times)
+
+    session.ask(configs, answer)
+    with session.guarded({"what": "candidates for the table"}):
+        _sixteen(session, times)
+        _candidates(session, times)
 
 
-def _jobs(session: Session, todo: list[dict[str, Any]]) -> list[Job]:
+def _jobs(session: Session, todo: list[dict[str, Any]]) -> Iterator[Job]:
     """One for each kernel: those of two shapes that are multiples of 16 are the same."""
     wanted: dict[tuple[str, int, Tile, IntegerDecode], tuple[int, int]] = {}
     for config in todo:
@@ -77,7 +83,8 @@ def _jobs(session: Session, todo: list[dict[str, Any]]) -> list[Job]:
         for tile in (*tiles(session, spec, k), tuned):
             wanted[(scheme, m, tile, "subnormal")] = (n, k)
         wanted[(scheme, m, wider(tuned, columns=64), "magic")] = (n, k)
-    return [compile_job(spec_of(s), m, *size, tile, decode) for (s, m, tile, decode), size in wanted.items()]
+    for (s, m, tile, decode), size in wanted.items():
+        yield compile_job(spec_of(s), m, *size, tile, decode)
 
 
 def tiles(session: Session, spec: KernelSpec, k: int) -> list[Tile]:

@@ -21,6 +21,7 @@ from qcompile.codegen.devices.triton_numbers import Bytes, byte_operand, why_no_
 from qcompile.codegen.devices.triton_order import natural
 from qcompile.codegen.devices.triton_overlap import begin_with_weights
 from qcompile.codegen.devices.triton_text import Text, kernel_text
+from qcompile.codegen.devices.triton_tickets import tickets
 from qcompile.codegen.registry import Verdict
 from qcompile.codegen.spec import LONG_K, KernelSpec
 from qcompile.codegen.tuning.triton import Shape, Tile, shape_for
@@ -88,6 +89,10 @@ def _has_e4m3(architecture: str) -> bool:
     return architecture in ("", "gfx950", "gfx1200", "gfx1201")
 
 
+def _before_ampere(architecture: str) -> bool:
+    return architecture.startswith("sm_") and int(architecture[3:]) < 80
+
+
 @dataclass(frozen=True)
 class TritonLowering:
     """Lowering of `qmm` to Triton for an architecture, "" where kernels are interpreted."""
@@ -104,6 +109,8 @@ class TritonLowering:
             and not _has_e4m3(self.architecture)
         ):
             reason = f"activation {spec.act}: {self.architecture} has no instruction that multiplies e4m3"
+        if not reason and spec.x == "bf16" and _before_ampere(self.architecture):
+            reason = f"activations in bf16: {self.architecture} has no arithmetic on them"
         if not reason and not compat.triton_version():
             reason = "Triton is not installed"
         return Verdict(not reason, reason)
@@ -164,34 +171,19 @@ class Matmul:
             return
         tile = fit(tile, self.text.layout, k)
         tiles = sum(ceil_div(size, tile.columns) for size in (n[:1] if spec.paired else n)) * ceil_div(m, tile.rows)
-        work = tickets = operands[-1]
+        work = counters = operands[-1]
         if tile.splits > 1:
             sums = segments if spec.paired else 1
             size = tiles * tile.splits * sums * tile.rows * tile.columns
             work = torch.empty(size, dtype=torch.float32, device=x.device)
-            tickets = zeros_of_stream(tiles, x.device)
+            counters = tickets(tiles, x.device)
         self.kernel[tiles, tile.splits](
-            x, *operands, work, tickets, m, k, ldx, *sizes,
+            x, *operands, work, counters, m, k, ldx, *sizes,
             BM=tile.rows, BN=tile.columns, KC=tile.units, SPLIT=tile.splits, STAGES=tile.stages,
             EVEN=k % self.text.layout.unit == 0, NATURAL=tile.natural,
             num_warps=tile.warps, num_stages=tile.stages, **tile.limit,
             **begin_with_weights(x.device, tile.rows * tile.columns, tile.units, tile.stages),
         )  # fmt: skip
-
-
-def zeros_of_stream(count: int, device: torch.device) -> torch.Tensor:
-    """`[count or more]` int32 zeros for kernels that leave zeros behind: those of one stream run one after the other and
-    share a buffer, where filling a new one would take as long as a small product."""
-    kept = _ZEROS.setdefault((device, compat.stream(device)), [])
-    if kept and kept[-1].numel() >= count:
-        return kept[-1]
-    made = torch.zeros(max(2 * count, 4096), dtype=torch.int32, device=device)
-    if not compat.capturing(device):  # there, the zeros would be written when the graph is replayed, and not before
-        kept.append(made)
-    return made
-
-
-_ZEROS: dict[tuple[torch.device, int], list[torch.Tensor]] = {}  # recorded graphs use the smaller ones for ever
 
 
 def family(spec: KernelSpec) -> str:
@@ -217,13 +209,12 @@ def choose_tile(spec: KernelSpec, n: tuple[int, ...], k: int, m: int, device: to
 
 
 def plan(spec: KernelSpec, n: tuple[int, ...], k: int, m: int, device: torch.device) -> str:
-    """How a product is cut, in a few characters: the tile, and how many blocks share a sum; or that the weight is decoded
-    first."""
+    """How a product is cut, in a few characters: the tile, or that the weight is decoded first."""
     tile = choose_tile(spec, n, k, m, device)
     if tile.way == "vendor":
         return "decoded, library"
     text = f"{tile.rows}x{tile.columns}"
-    return f"decoded, {text}" if tile.way == "own" else text + f" split {tile.splits}" * (tile.splits > 1)
+    return f"decoded, {text}" if tile.way == "own" else text
 
 
 def cut(spec: KernelSpec, shape: Shape, shared: int, architecture: str = "") -> Tile:
@@ -292,7 +283,8 @@ def run(
     mats = [e.stride(0) for e, kind in zip(operands, kinds, strict=True) if kind == "mat"]
     inputs = (rows,) if spec.act is None else quantize_input(rows, *static, spec=spec)
     matmul = Matmul(spec, text)
-    matmul(*inputs, *parts, *operands, y, rows.shape[0], k, inputs[0].stride(0), *n, *mats, columns, tile=tile)
+    with compat.on(x.device):
+        matmul(*inputs, *parts, *operands, y, rows.shape[0], k, inputs[0].stride(0), *n, *mats, columns, tile=tile)
     return y.reshape(*x.shape[:-1], columns)
 
 

@@ -14,7 +14,8 @@ and Pranesh, Numerical behavior of NVIDIA tensor cores, 2021, section 4); the in
   end: the scales of rows, splits. Sums of e4m3 are sums of floats: products are exact, one rounding per k, and as many of
   the sum of x, which integer codes less an offset or a zero point need; what is cut off is relative to codes and zeros
   before they are subtracted. The instructions of sm_90 add e4m3 with 13 bits after the leading one of the largest term,
-  not 23 (DeepSeek-V3 Technical Report, 2024, section 3.3.2): see `unit_of`.
+  not 23 (DeepSeek-V3 Technical Report, 2024, section 3.3.2), so 33 cuts for each of them; every iteration, of 128 columns or
+  a unit, brings its sums to fp32.
 * Sums of floats: one rounding per k, one per step and unit, one with each group's scale, split and the row's scale.
 
 Below the normal numbers a rounded operand is off by up to half the smallest subnormal number of its type.
@@ -43,12 +44,14 @@ SMALLEST = {"f16": 2.0**-24, "bf16": 2.0**-133, "f32": 2.0**-149}
 
 
 def gamma(n: float, unit: float = UNIT) -> float:
-    """Relative error of `n` roundings of tensor cores."""
+    """Relative error of `n` roundings of tensor cores. Raises ValueError for so many that nothing is known of the result."""
+    if n * unit >= 0.5:
+        raise ValueError(f"{n} roundings by {unit}: no digit is left")
     return n * unit / (1 - n * unit)
 
 
 def unit_of(architecture: str) -> float:
-    """The unit of a rounding in sums of e4m3."""
+    """The unit of a rounding in the accumulator of an instruction on e4m3."""
     return 2.0**-13 if architecture in ("sm_89", "sm_90") else UNIT
 
 
@@ -134,18 +137,20 @@ def expected(
     steps = -(-k // layout.unit) * 8 // min(spec.weight.format.planes)
     groups = -(-k // layout.group) if layout.group else 1
     roundings = k + steps + groups + 8 + (k if spec.x == "f32" else 0)
+    coarse = 0.0
     if spec.act is not None:
         codes, scale = quantize_rows(x.float(), spec.act, static)
         sums = 0 if byte_operand(spec.act) == "i8" else k + (layout.cell or k)
         wide = codes.double() * over_values(scale, spec.act, codes.shape).double()
         roundings = sums + 4 * (k // (layout.cell or k) + 1) + 8
+        if sums and byte_unit > UNIT:
+            # Each of 32 products and the sum before them is cut; the sum leaves the accumulator after one iteration at most.
+            coarse = gamma(33 * max(128, layout.unit) // 32, byte_unit)
     # Sums below the normal numbers: one error of the smallest number for each rounding, with the row's scale where it waits.
     waiting = weight.size.amax(1) / weight.value.abs().clamp_min(2.0**-149).amax(1).clamp_min(1) + 1
     numbers = Numbers.of(spec.weight.format, spec.x if spec.x != "f32" else "f16", exact=layout.mode == "operand")
     tiny = 2.0 ** (-126 + (fold(spec.weight, layout, numbers) or 0)) * roundings * (1 + waiting)
     return Expected(
         wide @ weight.value.T,
-        wide.abs() @ weight.error.T
-        + gamma(roundings, UNIT if spec.act is None else byte_unit) * (wide.abs() @ weight.size.T)
-        + tiny,
+        wide.abs() @ weight.error.T + (gamma(roundings) + coarse) * (wide.abs() @ weight.size.T) + tiny,
     )

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from qcompile import compat
-from qcompile.codegen.devices.triton import Tile, cut, family, fit, quantize_input, zeros_of_stream
+from qcompile.codegen.devices.triton import Tile, cut, family, fit, quantize_input
 from qcompile.codegen.devices.triton_overlap import begin
 from qcompile.codegen.devices.triton_text import Text, kernel_text
+from qcompile.codegen.devices.triton_tickets import tickets
 from qcompile.codegen.spec import KernelSpec
 from qcompile.codegen.tuning.triton import shape_for
 from qcompile.errors import QCError
@@ -88,14 +89,14 @@ class Grouped:
         experts, n = operands[self.text.inputs - 1].numel(), sizes[:segments]
         tile = fit(tile or choose_grouped(spec, tuple(n), k, m, experts, x.device), self.text.layout, k)
         tiles = _tiles_of_columns(spec, n, tile) * tiles_of_rows(m, experts, tile.rows)
-        work = tickets = operands[-1]
+        work = counters = operands[-1]
         if tile.splits > 1:
             sums = segments if spec.paired else 1
             size = tiles * tile.splits * sums * tile.rows * tile.columns
             work = torch.empty(size, dtype=torch.float32, device=x.device)
-            tickets = zeros_of_stream(tiles, x.device)
+            counters = tickets(tiles, x.device)
         self.kernel[tiles, tile.splits](
-            x, *operands, work, tickets, m, k, experts, ldx, *sizes,
+            x, *operands, work, counters, m, k, experts, ldx, *sizes,
             BM=tile.rows, BN=tile.columns, KC=tile.units, SPLIT=tile.splits, STAGES=tile.stages,
             EVEN=k % self.text.layout.unit == 0, NATURAL=tile.natural, EXPERTS=max(LEAST, 1 << (experts - 1).bit_length()),
             num_warps=tile.warps, num_stages=tile.stages, **tile.limit, **begin(x.device),
@@ -144,7 +145,8 @@ def run_grouped(
     inputs = (_dense(x),) if spec.act is None else quantize_input(x, spec=spec)
     stacked = [part.contiguous() for part in parts]
     operands = [*inputs[1:], offs.contiguous(), *stacked, *operands, y]
-    Grouped(spec)(inputs[0], *operands, m, k, inputs[0].stride(0), *n, *mats, columns, tile=tile)
+    with compat.on(x.device):
+        Grouped(spec)(inputs[0], *operands, m, k, inputs[0].stride(0), *n, *mats, columns, tile=tile)
     return y
 
 

@@ -33,7 +33,11 @@ from qcompile.ir.matmul import OUT_DTYPES
 from qcompile.ir.packing import ceil_div
 
 PANEL = 128
-WGMMA = ("sm_90", "sm_100")  # whose tensor cores read the matrix from shared memory; others need registers for it
+WGMMA = (
+    "sm_90",
+    "sm_100",
+    "sm_103",
+)  # whose tensor cores read the matrix from shared memory; others need registers for it
 _NAMES = {dtype: name for name, dtype in OUT_DTYPES.items()}
 OPERANDS = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.bfloat16}
 
@@ -120,10 +124,17 @@ def text_of(rotation: Rotation, panels: int) -> str:
 @functools.cache  # a captured graph reads it by its address: it stays
 def _constant(block: int, width: int, inverse: bool, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """The right factor of `x @ constant`, `[width, width]`: blocks on the diagonal."""
+    if compat.capturing(device):
+        raise QCError(
+            "rotate.capture",
+            "A graph is recorded, and the matrix of this rotation is not on the device yet.",
+            next="call the function once before it is recorded",
+        )
     matrix = hadamard(block)
     blocks = torch.block_diag(*[matrix if inverse else matrix.T] * (width // block))
     rest = width - len(blocks)
-    return torch.nn.functional.pad(blocks, (0, rest, 0, rest)).contiguous().to(device, dtype)
+    padded = torch.nn.functional.pad(blocks, (0, rest, 0, rest)).contiguous()
+    return compat.for_ever(lambda: padded.to(device, dtype), device)
 
 
 def choose_tile(rotation: Rotation, m: int, k: int, device: torch.device) -> Tile:
@@ -223,7 +234,8 @@ def rotate(
         return y
     rows = x.reshape(-1, k)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    Rotate(rotation)(rows, *([] if signs is None else [signs]), y, len(rows), k, rows.stride(0), tile=tile)
+    with compat.on(x.device):
+        Rotate(rotation)(rows, *([] if signs is None else [signs]), y, len(rows), k, rows.stride(0), tile=tile)
     return y
 
 

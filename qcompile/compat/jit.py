@@ -7,6 +7,10 @@ import hashlib
 import importlib.util
 import os
 import tempfile
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +33,11 @@ def triton_kernel(source: str) -> Any:
     Triton reads a kernel's source from its file, at any time of the kernel's life: texts lie in a folder that is there as
     long as the process.
     """
-    return _load(source, os.environ.get("TRITON_INTERPRET", ""))
+    with _LOADING:
+        return _load(source, os.environ.get("TRITON_INTERPRET", ""))
+
+
+_LOADING = threading.Lock()  # two threads may ask for a kernel at the same time
 
 
 @functools.cache
@@ -98,6 +106,29 @@ def stream(device: torch.device) -> int:
 def capturing(device: torch.device) -> bool:
     """Whether work for a device is recorded into a CUDA graph, and not run."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Inside, launches go to a device and its current stream: Triton asks for the current device, and not for a tensor's."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def for_ever(make: Callable[[], torch.Tensor], device: torch.device) -> torch.Tensor:
+    """What `make` gives, complete, in memory that belongs to no graph. Not while one is recorded.
+
+    A thread that warms up a graph allocates from the graph's memory. So it is made in a thread of its own.
+    """
+    if device.type != "cuda":
+        return make()
+
+    def work() -> torch.Tensor:
+        with torch.cuda.device(device):
+            made = make()
+            torch.cuda.current_stream().synchronize()
+            return made
+
+    with ThreadPoolExecutor(1, thread_name_prefix="qcompile-kept") as pool:
+        return pool.submit(work).result()
 
 
 def mm_float32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

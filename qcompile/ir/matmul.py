@@ -149,7 +149,12 @@ class MatmulSpec:
         fields = dict(item.partition("=")[::2] for item in rest)
         unknown = set(fields) - {"n", "k", "act", "static", "y", "e", "out"}
         if unknown or "n" not in fields or "k" not in fields:
-            raise QCError("matmul.spec", f"cannot read matmul spec {text!r}", why=f"fields {sorted(fields)}")
+            raise QCError(
+                "matmul.spec",
+                f"cannot read matmul spec {text!r}",
+                why=f"fields {sorted(fields)}",
+                next="write for example 'int8/axis0 n=64 k=128 act=int8/token y=acc+e0 e=row'",
+            )
         return MatmulSpec(
             weight=Scheme.parse(head),
             n=tuple(int(v) for v in fields["n"].split(",")),
@@ -281,6 +286,17 @@ def over_values(scale: torch.Tensor, act: Scheme, shape: Sequence[int]) -> torch
     return spread(scale, act.granularity.cell(len(shape)), shape) if isinstance(act.granularity, PerGroup) else scale
 
 
+def check_static(parts: Sequence[torch.Tensor], spec: MatmulSpec) -> None:
+    """Refuse parts that are no scale and zero point of a static activation. Raises `QCError` ("matmul.operands")."""
+    for name, part, dtype in zip(("scale", "zero point"), parts, (torch.float32, torch.uint8), strict=False):
+        if tuple(part.shape) != (1,) or part.dtype != dtype:
+            raise QCError(
+                "matmul.operands",
+                f"a static activation's {name} of {part.dtype} {list(part.shape)}",
+                why=f"{spec} wants {dtype} [1] as its last part, or the one before",
+            )
+
+
 def reference_qmm(
     x: torch.Tensor, parts: Sequence[torch.Tensor], extras: Sequence[torch.Tensor], spec: MatmulSpec
 ) -> torch.Tensor:
@@ -306,6 +322,7 @@ def reference_qmm(
             f"qmm got {len(parts)} parts; x and extras of {shapes}",
             why=f"spec {spec} needs {step} parts per segment, {spec.act_parts} of the activation, and {wanted}",
         )
+    check_static(parts[step * len(spec.n) :], spec)
     wide = x.to(torch.float32)
     finite = torch.isfinite(wide).all(-1, keepdim=True)
     wide = torch.where(finite, wide, torch.zeros_like(wide))

@@ -24,7 +24,7 @@ import torch
 from qcompile.errors import QCError
 from qcompile.ir.codec import check_parts, dequantize, dequantize_rows
 from qcompile.ir.hadamard import check_rotation, rotate
-from qcompile.ir.matmul import OUT_DTYPES, MatmulSpec, reference_qmm
+from qcompile.ir.matmul import OUT_DTYPES, MatmulSpec, check_static, reference_qmm
 from qcompile.ir.scheme import Scheme
 
 LIBRARY = torch.library.Library("qcompile", "DEF")
@@ -99,9 +99,9 @@ def check_qmm(x: torch.Tensor, parts: Sequence[torch.Tensor], extras: Sequence[t
     step = what.parts_per_segment
     for i, n in enumerate(what.n):
         check_parts(parts[i * step : (i + 1) * step], what.weight, n, what.k)
-    act_parts = parts[step * len(what.n) :]
-    if len(extras) != len(what.extras) or [t.numel() for t in act_parts] != [1] * what.act_parts:
+    if len(extras) != len(what.extras) or len(parts) != step * len(what.n) + what.act_parts:
         raise QCError("matmul.operands", f"{len(parts)} parts and {len(extras)} extras for {spec}")
+    check_static(parts[step * len(what.n) :], what)
     for operand, shape in zip((x, *extras), what.shapes(x.shape[:-1]), strict=True):
         if operand.dim() != len(shape):
             raise QCError("matmul.operands", f"an operand of shape {tuple(operand.shape)}, not {shape}", where=spec)

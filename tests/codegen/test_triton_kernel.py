@@ -18,7 +18,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed: torch's builds for CPUs come without it")
 
 from qcompile.codegen.devices.triton import Tile, TritonLowering, run, text_of
-from qcompile.codegen.devices.triton_bounds import ROUNDOFF, SMALLEST, expected
+from qcompile.codegen.devices.triton_bounds import ROUNDOFF, SMALLEST, expected, gamma, terms, unit_of
 from qcompile.codegen.devices.triton_lines import Layout
 from qcompile.codegen.devices.triton_numbers import why_no_bytes
 from qcompile.codegen.spec import KernelSpec
@@ -457,3 +457,23 @@ def test_golden_text(name: str) -> None:
     assert text_of(GOLDEN[name]).source == file.read_text(encoding="utf-8"), (
         f"text_of(GOLDEN[{name!r}]).source is another text than {file}"
     )
+
+
+def test_bounds_of_coarse_sums_say_something() -> None:
+    """On devices that keep 13 bits inside an instruction the bound stays a share of the terms, however long K is."""
+    spec = spec_of("e4m3/axis0", "f32", act="e4m3/token")
+    for k in (600, 8192):
+        x, parts = torch.randn(2, k), quantize(weight(16, k, 1), spec.weight)
+        fine, coarse = (expected(spec, x, parts, 16, k, byte_unit=unit_of(name)) for name in ("sm_120", "sm_90"))
+        assert (fine.bound > 0).all()
+        share = (coarse.bound - fine.bound) / (x.abs().double() @ terms(spec, parts, 16, k).size.T)
+        assert (share > 2.0**-13).all()
+        assert (share < 0.02).all()  # 132 cuts by 2^-13, and the rounding of x to e4m3
+    with pytest.raises(ValueError, match="no digit is left"):
+        gamma(4096, 2.0**-13)
+
+
+def test_an_architecture_without_bf16_is_refused() -> None:
+    lowering = TritonLowering(architecture="sm_75")
+    assert "bf16" in lowering.supports(spec_of("int4/g128:fp16", "bf16")).reason
+    assert lowering.supports(spec_of("int4/g128:fp16", "f16"))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from qcompile.backend import fingerprint
 from qcompile.codegen.devices import cpu, cpu_bounds
 from qcompile.codegen.spec import KernelSpec
 from qcompile.ir.codec import decode, encode, quantize
@@ -16,6 +19,7 @@ from qcompile.ir.packing import pack_codes, unpack_codes
 from qcompile.ir.qparams import QParams
 from qcompile.ir.scheme import PACKINGS, Scheme
 from tests.e2e.support import compiled, decoded, fp32_step, noise_bound
+from tests.passes.graphs import context, dynamo_graph
 
 ENTRY = Format("e2m2", "float", 5, exponent=2, mantissa=2)
 
@@ -76,3 +80,14 @@ def test_triton_kernel() -> None:
     # The decoded weight is exact in 16 bits; the sum is rounded to bf16 once, and its bias added before that.
     want = exact(x.double())
     assert ((out.double() - want).abs() <= 2.0**-8 * want.abs() + noise_bound(exact, x, step=308 * 2.0**-23)).all()
+
+
+def test_an_entry_is_part_of_the_key_of_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another table under the same name is other code."""
+    ctx = context(*dynamo_graph(lambda x: x + 1, torch.ones(3)), recipe="e2m2/g32:fp16")
+    keys = {fingerprint((), ctx)}
+    monkeypatch.setitem(FORMATS, ENTRY.name, replace(ENTRY, exponent=3, mantissa=1))
+    keys.add(fingerprint((), ctx))
+    monkeypatch.delitem(FORMATS, ENTRY.name)
+    keys.add(fingerprint((), ctx))
+    assert len(keys) == 3

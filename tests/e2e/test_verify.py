@@ -34,9 +34,11 @@ def test_calls_are_counted_and_nothing_is_kept() -> None:
     ("model", "x", "options"),
     [
         (nn.Embedding(16, 32), torch.arange(4), {}),
+        (nn.Embedding(16, 32), torch.arange(4), {"recipe": "e4m3/axis0"}),  # their levels are a constant of the graph
+        (nn.Embedding(16, 32), torch.arange(4), {"recipe": "nf4/g32:fp16"}),
         (nn.Linear(32, 16), torch.randn(2, 32), {"recipe": "int8/axis1:fp32", "policy": "memory"}),
     ],
-    ids=["lookup", "no kernel"],
+    ids=["lookup", "lookup of floats", "lookup in a table of levels", "no kernel"],
 )
 def test_nothing_to_compare_is_said(model: nn.Module, x: torch.Tensor, options: dict[str, str]) -> None:
     with torch.no_grad(), pytest.warns(QCWarning, match="compared 0 of 1 calls"):

@@ -84,3 +84,27 @@ def test_rotate_is_an_operator(signed: bool, inverse: bool) -> None:
         for wrong in ((fake, 5), (fake, 16), (fake, 12, torch.ones(12, dtype=torch.int8))):
             with pytest.raises(QCError, match=r"hadamard\.size|rotate\."):
                 OPS.rotate(*wrong)
+
+
+def test_static_scales_are_checked() -> None:
+    parts, x = quantize(torch.randn(20, 64), "int8/axis0"), torch.randn(3, 64)
+    spec = "int8/axis0 n=20 k=64 act=uint8/tensor:fp32+z static"
+    scale, zero = torch.tensor([0.1]), torch.tensor([3], dtype=torch.uint8)
+    assert OPS.qmm(x, [*parts, scale, zero], [], spec).shape == (3, 20)
+    bad = [
+        [scale],
+        [],
+        [scale[0], zero],
+        [scale.half(), zero],
+        [scale, zero.long()],
+        [scale.expand(2), zero],
+        [zero, scale],
+    ]
+    with FakeTensorMode() as mode:
+        for static in bad:
+            fakes = [mode.from_tensor(t) for t in (x, *parts, *static)]
+            with pytest.raises(QCError, match=r"matmul\.operands"):
+                OPS.qmm(fakes[0], fakes[1:], [], spec)
+    for static in bad:
+        with pytest.raises(QCError, match=r"matmul\.operands"):
+            OPS.qmm(x, [*parts, *static], [], spec)

@@ -1,0 +1,75 @@
+"""Zeros that kernels find and leave behind: the counters by which the last block of a split sum knows that it is the last.
+
+Filling a new tensor for each call would take as long as a small product. So they are cut out of slabs that live as long as
+the process, and are filled once:
+
+* Calls that run at once share the counters of their stream: kernels of one stream run one after the other, and each leaves
+  zeros.
+* A call that is recorded into a graph gets counters of its own, that no other call has: graphs may be replayed at the same
+  time, on any streams. What a graph is given is never given to another one, even after it: some hundred bytes for a call.
+
+No slab is made while a graph is recorded, as its memory would be the graph's, and its zeros written by a replay; there, a
+call that finds no room is recorded with a fill of its own. And a slab is made in another thread: torch lets a thread that
+warms up a graph allocate from the graph's memory only, and what stays there is an error.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+import torch
+
+from qcompile import compat
+from qcompile.ir.packing import ceil_div
+
+SLAB = 1 << 20  # counters of a slab, 4 MB
+LEAST = 4096  # counters of a stream
+LINE = 32  # counters of one line of the cache, which different calls do not share
+
+
+@dataclass
+class _Slab:
+    zeros: torch.Tensor
+    used: int = 0
+
+
+_LOCK = threading.Lock()
+_SLABS: dict[torch.device, _Slab] = {}
+_OF_STREAM: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+
+def tickets(count: int, device: torch.device) -> torch.Tensor:
+    """`[count or more]` int32 zeros for one launch on the current stream of a device, whose kernel leaves zeros behind."""
+    with _LOCK:
+        if compat.capturing(device):
+            found = _cut(count, device)
+            return torch.zeros(count, dtype=torch.int32, device=device) if found is None else found
+        key = (device, compat.stream(device))
+        kept = _OF_STREAM.get(key)
+        if kept is None or kept.numel() < count:
+            wanted = max(2 * count, LEAST)
+            kept = _cut(wanted, device)
+            if kept is None:
+                _SLABS[device] = _Slab(compat.for_ever(lambda: _zeros(max(SLAB, wanted), device), device))
+                kept = _cut(wanted, device)
+            assert kept is not None
+            _OF_STREAM[key] = kept
+        return kept
+
+
+def _zeros(count: int, device: torch.device) -> torch.Tensor:
+    return torch.zeros(count, dtype=torch.int32, device=device)
+
+
+def _cut(count: int, device: torch.device) -> torch.Tensor | None:
+    """The next counters of a device's slab, None where it has not so many."""
+    slab = _SLABS.get(device)
+    length = ceil_div(count, LINE) * LINE
+    if slab is None or slab.used + length > slab.zeros.numel():
+        return None
+    slab.used += length
+    return slab.zeros[slab.used - length : slab.used]
+
+
+__all__ = ["tickets"]
