@@ -46,9 +46,10 @@ def arguments() -> argparse.Namespace:
     )  # a process that runs blocks: what became of them
     parser.add_argument("--seconds", type=float, default=0.0, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    given.blocks = [int(number) for number in given.blocks.split(",")]
-    if unknown := sorted(set(given.blocks) - {block.number for block in BLOCKS}):
-        parser.error(f"no block {', '.join(map(str, unknown))}; there are {blocks}")
+    known = {str(block.number): block.number for block in BLOCKS}
+    if unknown := sorted(set(given.blocks.split(",")) - set(known)):
+        parser.error(f"no block {', '.join(unknown)}; there are {', '.join(known)} (--help says what they are)")
+    given.blocks = [known[number] for number in given.blocks.split(",")]
     return given
 
 
@@ -88,6 +89,11 @@ def main() -> int:
         count = draw(given.chart, target)
         print(f"{target}: {count} bars" if count else f"{given.chart} holds no shares")
         return int(not count)
+    import torch
+
+    if not given.interpret and not torch.cuda.is_available():
+        print("there is no GPU here that torch can use; --interpret runs the same code without one", file=sys.stderr)
+        return 2
     if given.journal is None:
         return supervise(given)
     from gpu_blocks.session import work

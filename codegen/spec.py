@@ -86,6 +86,9 @@ class KernelSpec:
         """Whether the epilogue combines the segments column by column."""
         return any(name[0] == "a" and name != "acc" for name in epilogue_names(self.epilogue))
 
+    def __repr__(self) -> str:
+        return f"<kernel {self}>"
+
     def __str__(self) -> str:
         fields = [str(self.weight), f"{self.x}->{self.y}"]
         if self.act is not None:

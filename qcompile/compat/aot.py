@@ -24,7 +24,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -115,6 +115,14 @@ def is_compiled(f: object) -> bool:
     from torch._dynamo import OptimizedModule
 
     return isinstance(f, OptimizedModule) or hasattr(f, "_torchdynamo_orig_callable")
+
+
+def option_names() -> set[str]:
+    """What a launch may say beside its arguments, of any backend."""
+    from triton.backends.amd.compiler import HIPOptions
+    from triton.backends.nvidia.compiler import CUDAOptions
+
+    return {field.name for kind in (CUDAOptions, HIPOptions) for field in fields(kind)}
 
 
 def only_interprets() -> bool:

@@ -66,6 +66,23 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
 )
 
 
+# What devices are called, and what they are.
+DEVICES = {
+    "A100": "sm_80",
+    "A10": "sm_86",
+    "L40": "sm_89",
+    "L4": "sm_89",
+    "H100": "sm_90",
+    "H200": "sm_90",
+    "GH200": "sm_90",
+    "B200": "sm_100",
+    "MI300": "gfx942",
+    "4090": "sm_89",
+    "3090": "sm_86",
+    "5090": "sm_120",
+}
+
+
 @dataclass(frozen=True)
 class Report:
     """One kernel's machine code for one target.
@@ -222,6 +239,12 @@ def compile_kernel(
     names = {name for name, type_ in types.items() if type_.startswith("*")} if aligned is None else set(aligned)
     if unknown := names - set(types):
         raise _no_argument(function, min(unknown), types)
+    if unknown_options := sorted(set(options) - (choices := aot.option_names())):
+        raise QCError(
+            "testing.signature",
+            f"A launch has no option {unknown_options[0]!r}{suggest(unknown_options[0], choices)}",
+            where=f"kernel {function.__name__}",
+        )
     options = {"num_warps": num_warps, "num_stages": num_stages, **options}
     entry = aot.launch(function, types, known, sorted(names), options)
     return {report.target.name: report for report in _reports([entry], chosen)}
@@ -286,13 +309,16 @@ def _chosen(targets: Collection[str]) -> list[Target]:
             why="inside interpret(), and with TRITON_INTERPRET=1, Triton's own functions are those of its interpreter",
             next="leave interpret(), which compile_for enters itself; start the process without TRITON_INTERPRET",
         )
-    for name in [targets] if isinstance(targets, str) else targets:
+    names = [targets] if isinstance(targets, str) else list(targets)
+    for name in names:
         if name not in TARGETS:
+            device = next((of for word, of in DEVICES.items() if word in str(name).upper()), "")
+            hint = f"; {device!r} is that architecture" if device else suggest(str(name), TARGETS)
             raise QCError(
-                "testing.unknown-target",
-                f"There is no target {name!r}{suggest(str(name), TARGETS)}.",
-                next=f"choose of {', '.join(TARGETS)}",
+                "testing.unknown-target", f"There is no target {name!r}{hint}", next=f"choose of {', '.join(TARGETS)}"
             )
+    if not names:
+        raise QCError("testing.unknown-target", "No target to compile for", next=f"choose of {', '.join(TARGETS)}")
     return [TARGETS[name] for name in ([targets] if isinstance(targets, str) else targets)]
 
 
@@ -317,7 +343,7 @@ def _arguments(
             )
     types = {name: signature[name] for name in names if name not in known}
     for name, type_ in types.items():
-        if not _TYPE.fullmatch(type_):
+        if not isinstance(type_, str) or not _TYPE.fullmatch(type_):
             raise QCError(
                 "testing.signature",
                 f"Triton has no type {type_!r}.",

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any, overload
 
 from torch import Tensor
 
-from qcompile.errors import QCError
+from qcompile.errors import QCError, suggest
 from qcompile.passes.base import Pass
 from qcompile.testing.capture import Place
 from qcompile.testing.graphs import Model
@@ -78,8 +79,16 @@ def fuzz(
         AssertionError: for the smallest input found on which a result is further off than derived, or a law is broken.
         Exception: whatever the kernel or the pass raises, with the smallest input found.
     """
+    known = {item.name for item in fields(Laws)}
+    if unknown := sorted(set(laws) - known):
+        raise QCError(
+            "testing.laws",
+            f"a pass promises no {unknown[0]!r}{suggest(unknown[0], known)}",
+            next=f"choose of {', '.join(sorted(known))}; kernels promise nothing",
+        )
     passes = [subject] if isinstance(subject, Pass) else list(subject) if isinstance(subject, Sequence) else []
-    if not all(isinstance(item, Pass) for item in passes) or not (passes or callable(subject)):
+    is_class = isinstance(subject, type) and issubclass(subject, Pass)
+    if not all(isinstance(item, Pass) for item in passes) or not (passes or callable(subject)) or is_class:
         raise QCError(
             "testing.subject", f"neither a kernel nor passes: {subject}", next="give instances of qcompile.Pass"
         )

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from qcompile.errors import QCError, suggest
 from qcompile.testing.hypotheses import SearchStrategy, st
 from qcompile.testing.layers import KINDS, Layer, Source
 
@@ -113,6 +114,13 @@ def models(
         max_layers: largest number of layers.
         dynamic: whether to compile for any sizes; both by default.
     """
+    for name, choices in [*((kind, KINDS) for kind in kinds), *((dtype, DTYPES) for dtype in dtypes)]:
+        if name not in choices:
+            raise QCError(
+                "testing.models",
+                f"models have no {name!r}{suggest(name, choices)}",
+                next=f"choose of {', '.join(choices)}",
+            )
     numbers: Callable[[], SearchStrategy[int]] = lambda: st.integers(0, 59)  # noqa: E731
     layer = st.builds(Layer, st.sampled_from(list(kinds)), st.tuples(*[numbers()] * 6), st.booleans())
     return st.builds(

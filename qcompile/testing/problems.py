@@ -62,6 +62,7 @@ class Problem:
         Raises:
             AssertionError: naming the element that is off the most, its value, the exact one and what is allowed.
         """
+        assert isinstance(y, Tensor), f"the kernel returned {y!r}, not a tensor"
         assert tuple(y.shape) == (self.m, self.n), f"the result has shape {tuple(y.shape)}, not {(self.m, self.n)}"
         assert y.dtype == OUT_DTYPES[self.spec.y], f"the result has dtype {y.dtype}, not {OUT_DTYPES[self.spec.y]}"
         want = expected(self.spec, self.x, self.parts, self.n, self.k, rounded=True)
@@ -75,8 +76,11 @@ class Problem:
         raise AssertionError(
             f"y[{row}, {column}] = {float(y[row, column])}, exactly {float(want.value[row, column])}, allowed are "
             f"+-{float(allowed[row, column]):.3g}; {int((~(excess <= 1)).sum())} of {y.numel()} elements are off "
-            f"({self})"
+            f"({self}; packed as {self.spec.weight.packing})"
         )
+
+    def __repr__(self) -> str:
+        return f"<problem {self}>"
 
     def __str__(self) -> str:
         return f"{self.spec}: m={self.m} n={self.n} k={self.k} row stride {self.x.stride(0)}"
