@@ -21,10 +21,10 @@ from qcompile.codegen.devices.triton_numbers import Bytes, byte_operand, why_no_
 from qcompile.codegen.devices.triton_order import natural
 from qcompile.codegen.devices.triton_overlap import begin_with_weights
 from qcompile.codegen.devices.triton_text import Text, kernel_text
-from qcompile.codegen.devices.triton_tickets import tickets
+from qcompile.codegen.devices.triton_tickets import memory_of_splits
 from qcompile.codegen.registry import Verdict
 from qcompile.codegen.spec import LONG_K, KernelSpec
-from qcompile.codegen.tuning.triton import Shape, Tile, shape_for
+from qcompile.codegen.tuning.triton import Shape, Tile, shape_for, tiles_across
 from qcompile.ir.granularity import Nested, PerAxis, PerBlock, PerGroup, PerTensor, PerToken
 from qcompile.ir.matmul import OUT_DTYPES, MatmulSpec, quantize_values
 from qcompile.ir.packing import ceil_div
@@ -170,13 +170,11 @@ class Matmul:
             other_way(spec)(inputs, operands[first:last], operands[last:-1], operands[-1], n, k, sizes[segments:], tile)
             return
         tile = fit(tile, self.text.layout, k)
-        tiles = sum(ceil_div(size, tile.columns) for size in (n[:1] if spec.paired else n)) * ceil_div(m, tile.rows)
+        tiles = tiles_across(n, tile.columns, spec.paired) * ceil_div(m, tile.rows)
         work = counters = operands[-1]
         if tile.splits > 1:
             sums = segments if spec.paired else 1
-            size = tiles * tile.splits * sums * tile.rows * tile.columns
-            work = torch.empty(size, dtype=torch.float32, device=x.device)
-            counters = tickets(tiles, x.device)
+            work, counters = memory_of_splits(tiles, tile.splits * sums * tile.rows * tile.columns, x.device)
         self.kernel[tiles, tile.splits](
             x, *operands, work, counters, m, k, ldx, *sizes,
             BM=tile.rows, BN=tile.columns, KC=tile.units, SPLIT=tile.splits, STAGES=tile.stages,
@@ -202,7 +200,7 @@ def choose_tile(spec: KernelSpec, n: tuple[int, ...], k: int, m: int, device: to
     tile = cut(spec, shape, gpu.shared, gpu.architecture)
     if tile.way != "fused":
         return tile
-    tiles = sum(ceil_div(size, tile.columns) for size in (n[:1] if spec.paired else n)) * ceil_div(m, tile.rows)
+    tiles = tiles_across(n, tile.columns, spec.paired) * ceil_div(m, tile.rows)
     # Enough blocks for every multiprocessor, each with at least four iterations.
     wanted, most = shape.waves * gpu.processors // tiles, ceil_div(k, text_of(spec).layout.unit * tile.units) // 4
     return replace(tile, splits=1 << max(0, min(wanted, most, 16).bit_length() - 1))

@@ -23,7 +23,7 @@ from qcompile.codegen.devices.triton_lines import Layout
 from qcompile.codegen.devices.triton_overlap import begin
 from qcompile.codegen.devices.triton_text import bytes_text, decode_text, finish_text
 from qcompile.codegen.spec import KernelSpec
-from qcompile.codegen.tuning.triton import Shape, Tile, Way
+from qcompile.codegen.tuning.triton import Shape, Tile, Way, tiles_across
 from qcompile.ir.packing import ceil_div, unpack_scales
 
 Tensors = Sequence[torch.Tensor]
@@ -186,7 +186,7 @@ class Octets:
         )  # fmt: skip
 
     def _tiles(self, n: Sequence[int], columns: int) -> int:
-        return sum(ceil_div(size, columns) for size in (n[:1] if self.spec.paired else n))
+        return tiles_across(n, columns, self.spec.paired)
 
 
 @functools.lru_cache(maxsize=512)

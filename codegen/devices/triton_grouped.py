@@ -19,9 +19,9 @@ from qcompile import compat
 from qcompile.codegen.devices.triton import Tile, cut, family, fit, quantize_input
 from qcompile.codegen.devices.triton_overlap import begin
 from qcompile.codegen.devices.triton_text import Text, kernel_text
-from qcompile.codegen.devices.triton_tickets import tickets
+from qcompile.codegen.devices.triton_tickets import memory_of_splits
 from qcompile.codegen.spec import KernelSpec
-from qcompile.codegen.tuning.triton import shape_for
+from qcompile.codegen.tuning.triton import shape_for, tiles_across
 from qcompile.errors import QCError
 from qcompile.ir.matmul import OUT_DTYPES
 from qcompile.ir.packing import ceil_div, packed_parts
@@ -47,15 +47,11 @@ def choose_grouped(spec: KernelSpec, n: tuple[int, ...], k: int, m: int, experts
     gpu = compat.gpu(device)
     shape = shape_for(gpu.architecture, family(spec), ceil_div(m, min(m, experts)))
     tile = cut(spec, shape, gpu.shared, gpu.architecture)
-    tiles = _tiles_of_columns(spec, n, tile) * tiles_of_rows(m, experts, tile.rows)
+    tiles = tiles_across(n, tile.columns, spec.paired) * tiles_of_rows(m, experts, tile.rows)
     # Enough blocks for every multiprocessor, each with at least four iterations.
     most = ceil_div(k, grouped_text(spec).layout.unit * tile.units) // 4
     wanted = shape.waves * gpu.processors // tiles
     return replace(tile, splits=1 << max(0, min(wanted, most, 16).bit_length() - 1))
-
-
-def _tiles_of_columns(spec: KernelSpec, n: Sequence[int], tile: Tile) -> int:
-    return sum(ceil_div(size, tile.columns) for size in (n[:1] if spec.paired else n))
 
 
 class Grouped:
@@ -88,13 +84,11 @@ class Grouped:
         ]
         experts, n = operands[self.text.inputs - 1].numel(), sizes[:segments]
         tile = fit(tile or choose_grouped(spec, tuple(n), k, m, experts, x.device), self.text.layout, k)
-        tiles = _tiles_of_columns(spec, n, tile) * tiles_of_rows(m, experts, tile.rows)
+        tiles = tiles_across(n, tile.columns, spec.paired) * tiles_of_rows(m, experts, tile.rows)
         work = counters = operands[-1]
         if tile.splits > 1:
             sums = segments if spec.paired else 1
-            size = tiles * tile.splits * sums * tile.rows * tile.columns
-            work = torch.empty(size, dtype=torch.float32, device=x.device)
-            counters = tickets(tiles, x.device)
+            work, counters = memory_of_splits(tiles, tile.splits * sums * tile.rows * tile.columns, x.device)
         self.kernel[tiles, tile.splits](
             x, *operands, work, counters, m, k, experts, ldx, *sizes,
             BM=tile.rows, BN=tile.columns, KC=tile.units, SPLIT=tile.splits, STAGES=tile.stages,

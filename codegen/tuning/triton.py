@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Literal
+
+from qcompile.ir.packing import ceil_div
 
 # Who multiplies: one kernel that decodes beside its products; or, after a decode of the whole weight, a kernel of ours over
 # bytes, or the vendor's library.
@@ -52,6 +54,11 @@ class Tile:
     def limit(self) -> dict[str, int]:
         """The launch option that says `registers`."""
         return {"maxnreg": self.registers} if self.registers else {}
+
+
+def tiles_across(n: Sequence[int], columns: int, paired: bool) -> int:
+    """Tiles of so many columns over segments of `n` rows of weight: none has columns of two, and a pair has those of one."""
+    return sum(ceil_div(size, columns) for size in (n[:1] if paired else n))
 
 
 @dataclass(frozen=True)
