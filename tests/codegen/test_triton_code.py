@@ -66,7 +66,7 @@ def build(spec: KernelSpec, tile: Tile, *targets: str) -> dict[str, Report]:
         "EVEN": True,
     }
     reports = {}
-    for early in (False, True):
+    for early in sorted({can_overlap(target) for target in targets}):
         reports |= compile_kernel(
             compat.triton_kernel(text.source),
             signature,
