@@ -192,7 +192,7 @@ def family(spec: KernelSpec) -> str:
     return "integers" if one_sum else "bytes"
 
 
-@functools.lru_cache(maxsize=4096)
+@compat.chosen_once(maxsize=4096)
 def choose_tile(spec: KernelSpec, n: tuple[int, ...], k: int, m: int, device: torch.device) -> Tile:
     """How to cut a product, from its sizes and the shipped table."""
     gpu = compat.gpu(device)

@@ -42,7 +42,7 @@ class Block:
     natural: bool = True
 
 
-@functools.lru_cache(maxsize=1024)
+@compat.chosen_once(maxsize=1024)
 def choose_block(layout: CacheLayout, blocks: int, pages: int, device: torch.device) -> Block:
     """How to cut a call.
 

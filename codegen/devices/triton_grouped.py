@@ -41,7 +41,7 @@ def tiles_of_rows(m: int, experts: int, rows: int) -> int:
     return active + (m - active) // rows
 
 
-@functools.lru_cache(maxsize=4096)
+@compat.chosen_once(maxsize=4096)
 def choose_grouped(spec: KernelSpec, n: tuple[int, ...], k: int, m: int, experts: int, device: torch.device) -> Tile:
     """How to cut a product: the shipped line for as many rows as an expert has where as many as possible have some."""
     gpu = compat.gpu(device)

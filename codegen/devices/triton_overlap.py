@@ -95,10 +95,10 @@ def _usual() -> Overlap:
 
 def begin(device: torch.device) -> dict[str, Any]:
     """What a launch on a device says: the kernel's constant PDL, and the option that has to go with it."""
-    early = (_chosen or _usual()).early
-    if device.type == "cpu":  # interpreted: only where it was asked for
+    early, architecture = (_chosen or _usual()).early, compat.architecture(device)
+    if not architecture:  # interpreted: only where it was asked for
         return {"PDL": early and _chosen is not None}
-    return {"PDL": True, "launch_pdl": True} if early and can_overlap(compat.architecture(device)) else {"PDL": False}
+    return {"PDL": True, "launch_pdl": True} if early and can_overlap(architecture) else {"PDL": False}
 
 
 def begin_with_weights(device: torch.device, sums: int, units: int, stages: int) -> dict[str, Any]:

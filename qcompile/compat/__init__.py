@@ -43,8 +43,10 @@ from qcompile.compat.inductor import (
     inner_compile,
 )
 from qcompile.compat.jit import (
+    Gpu,
     architecture,
     capturing,
+    chosen_once,
     descriptor,
     for_ever,
     gpu,
@@ -52,6 +54,7 @@ from qcompile.compat.jit import (
     mm_float32,
     mm_int8,
     on,
+    pretending,
     stream,
     triton_kernel,
     triton_version,
@@ -84,9 +87,11 @@ from qcompile.compat.sizes import size_expression, size_hint, size_symbols, stri
 __all__ = [
     "EagerFlops",
     "Fingerprint",
+    "Gpu",
     "add_placeholder",
     "architecture",
     "capturing",
+    "chosen_once",
     "clone_graph",
     "compile_example",
     "compile_fx",
@@ -123,6 +128,7 @@ __all__ = [
     "mm_int8",
     "on",
     "placeholder_source",
+    "pretending",
     "processor",
     "profiling",
     "register_fallback",

@@ -180,6 +180,7 @@ def noted(*, run: bool) -> Iterator[list[Launch]]:
             if not run:
                 return None
             inside = True
+            kwargs.pop("launch_pdl", None)  # no argument to the interpreter, unlike other options
             try:
                 return original(self, *args, **kwargs)
             finally:

@@ -8,13 +8,15 @@ import importlib.util
 import os
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 @functools.cache
@@ -77,15 +79,56 @@ class Gpu(NamedTuple):
     shared: int = 65536
 
 
-@functools.lru_cache(maxsize=64)
 def gpu(device: torch.device) -> Gpu:
-    """About a GPU; the defaults for what is none, where kernels are interpreted."""
-    if device.type != "cuda":
-        return Gpu()
+    """About a GPU; for what is none, where kernels are interpreted, the defaults, or what is pretended."""
+    global _asked
+    if device.type == "cuda":
+        return _about(device)
+    _asked = True
+    return _pretended or Gpu()
+
+
+@functools.lru_cache(maxsize=64)
+def _about(device: torch.device) -> Gpu:
     about = torch.cuda.get_device_properties(device)
     name = getattr(about, "gcnArchName", "") if torch.version.hip else f"sm_{about.major}{about.minor}"
     shared = getattr(about, "shared_memory_per_block_optin", Gpu().shared)
     return Gpu(name.partition(":")[0], about.multi_processor_count, shared)
+
+
+_pretended: Gpu | None = None
+_asked = False  # whether a choice was made for a device that is none
+_choices: list[Callable[[], None]] = []  # what forgets them
+
+
+@contextmanager
+def pretending(what: Gpu) -> Iterator[Callable[[], bool]]:
+    """Inside, choices for tensors of a CPU are those for a GPU: for launches that are noted. Not for two threads at once.
+
+    Yields:
+        What tells whether there were such choices.
+    """
+    global _pretended, _asked
+    before, _pretended, _asked = _pretended, what, False
+    try:
+        for forget in _choices:
+            forget()
+        yield lambda: _asked
+    finally:
+        _pretended = before
+        for forget in _choices:
+            forget()
+
+
+def chosen_once(maxsize: int) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """`functools.lru_cache` for choices that ask what a device is: forgotten where another one is pretended."""
+
+    def keep(choose: Callable[..., T]) -> Callable[..., T]:
+        kept = functools.lru_cache(maxsize=maxsize)(choose)
+        _choices.append(kept.cache_clear)
+        return kept
+
+    return keep
 
 
 def architecture(device: torch.device) -> str:

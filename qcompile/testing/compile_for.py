@@ -10,190 +10,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from itertools import zip_longest
 from typing import Any
 
 import torch
-from rich.table import Table
 
-from qcompile.compat import aot, triton_version
+from qcompile.compat import aot, pretending, triton_version
 from qcompile.errors import QCError, suggest
 from qcompile.testing.interpret import interpret
-from qcompile.testing.sass import Counts, count, main_loop, parse_amdgcn, parse_sass, unwaited
-from qcompile.testing.source import pointers_of
-
-
-@dataclass(frozen=True)
-class Target:
-    """A GPU to compile for.
-
-    Attributes:
-        name: as in `TARGETS`.
-        backend, arch: as Triton names them.
-        warp: lanes of a warp.
-        shared_limit: bytes of shared memory that one block may have.
-        register_limit: registers of 32 bits that one thread may have.
-        tensor_memory: columns of tensor memory that one block may have.
-    """
-
-    name: str
-    backend: str
-    arch: int | str
-    warp: int
-    shared_limit: int
-    register_limit: int = 255
-    tensor_memory: int = 0
-
-
-# CUDA C++ Programming Guide, "Compute Capabilities", table of technical specifications: the maximum amount of shared
-# memory per thread block, of registers per thread, and (PTX ISA, "Tensor Memory") 512 columns of tensor memory.
-# AMD Instinct MI300 (CDNA3) ISA guide: 64 KiB of LDS per work-group; 512 VGPRs, of which up to 256 are for accumulators.
-_KIB = 1024
-TARGETS: Mapping[str, Target] = MappingProxyType(
-    {
-        target.name: target
-        for target in (
-            Target("sm_80", "cuda", 80, 32, 163 * _KIB),
-            Target("sm_86", "cuda", 86, 32, 99 * _KIB),
-            Target("sm_89", "cuda", 89, 32, 99 * _KIB),
-            Target("sm_90", "cuda", 90, 32, 227 * _KIB),
-            Target("sm_100", "cuda", 100, 32, 227 * _KIB, tensor_memory=512),
-            Target("sm_120", "cuda", 120, 32, 99 * _KIB),
-            Target("gfx942", "hip", "gfx942", 64, 64 * _KIB, register_limit=512),
-        )
-    }
-)
-
-
-# What devices are called, and what they are.
-DEVICES = {
-    "A100": "sm_80",
-    "A10": "sm_86",
-    "L40": "sm_89",
-    "L4": "sm_89",
-    "H100": "sm_90",
-    "H200": "sm_90",
-    "GH200": "sm_90",
-    "B200": "sm_100",
-    "MI300": "gfx942",
-    "4090": "sm_89",
-    "3090": "sm_86",
-    "5090": "sm_120",
-}
-
-
-@dataclass(frozen=True)
-class Report:
-    """One kernel's machine code for one target.
-
-    `whole` counts the whole kernel and `loop` its main loop: the innermost loop with matrix instructions, or else with
-    loads from global memory (`loop.instructions` is 0 without one). `loop.instructions` are those that a thread
-    executes per iteration, branches inside the loop counted as taken: times `threads`, over the weights that a block
-    handles in an iteration, they are the instructions per weight. Of specialised warps, the loop is that of the warps
-    that compute.
-
-    Attributes:
-        kernel: the kernel's name.
-        target: what it was compiled for.
-        registers: of 32 bits, per thread; on AMD those for accumulators included.
-        shared: bytes of shared memory per block.
-        tensor_memory: columns of tensor memory per block (sm_100).
-        threads: threads per block.
-        unwaited: opcodes that some way through the kernel reaches before it has waited for the kernel before: loads and
-            stores of global memory, the start of the next kernel, exits. Of a kernel that never waits, all of them.
-        options: what the kernel was compiled with: num_warps, num_stages and others.
-        texts: the compiler's texts by kind: ttir, ttgir, llir, then ptx and sass, or amdgcn.
-    """
-
-    kernel: str
-    target: Target
-    registers: int
-    shared: int
-    tensor_memory: int
-    threads: int
-    whole: Counts
-    loop: Counts
-    unwaited: tuple[str, ...] = field(repr=False)
-    options: Mapping[str, Any] = field(repr=False)
-    texts: Mapping[str, str] = field(repr=False)
-
-    @property
-    def shared_limit(self) -> int:
-        """Bytes of shared memory that a block may have on this target."""
-        return self.target.shared_limit
-
-    @property
-    def fits(self) -> bool:
-        """Whether a block can be launched: shared memory, tensor memory and threads (1024) are within the limits."""
-        memory = self.shared <= self.shared_limit and self.tensor_memory <= self.target.tensor_memory
-        return memory and self.threads <= 1024
-
-    @property
-    def spill_bytes(self) -> int:
-        """Bytes per thread that the stores and loads of spilled registers move, each counted once."""
-        return self.whole.spill_bytes
-
-    @property
-    def mma(self) -> Mapping[str, int]:
-        """Matrix instructions of the whole kernel by opcode, with shapes."""
-        return self.whole.mma
-
-    @property
-    def loads(self) -> Mapping[str, int]:
-        """Loads from global memory in the main loop, or in the whole kernel when it has none, by opcode."""
-        return self.loop.loads or self.whole.loads
-
-    @property
-    def sass(self) -> str:
-        """The machine code: SASS, or AMD's assembly."""
-        return self.texts.get("sass") or self.texts["amdgcn"]
-
-    @property
-    def ptx(self) -> str:
-        """The PTX; empty on AMD."""
-        return self.texts.get("ptx", "")
-
-    @property
-    def ttgir(self) -> str:
-        """Triton's own representation, with layouts."""
-        return self.texts["ttgir"]
-
-    def __str__(self) -> str:
-        memory = f"shared {self.shared} of {self.shared_limit}" + ("" if self.fits else " DOES NOT FIT")
-        tensor = f", tensor memory {self.tensor_memory} columns" if self.tensor_memory else ""
-        lines = [
-            f"{self.kernel} on {self.target.name}: {self.threads} threads, {self.registers} registers, "
-            f"{self.spill_bytes} bytes spilled, {memory}{tensor}"
-        ]
-        for name, part in (("kernel", self.whole), ("loop", self.loop)):
-            if part.instructions:
-                lines.append(f"  {name}: {part.instructions} instructions; {_told(part)}")
-        return "\n".join(lines)
-
-
-def _told(counts: Counts) -> str:
-    operands = {f"{name or '?'} {opcode}": n for name, found in counts.operands.items() for opcode, n in found.items()}
-    parts = [f"{n} {name}" for name, n in {**counts.mma, **operands, **counts.shared}.items()]
-    others = ("shuffles", "i2f", "arrives", "setmaxnreg", "barriers", "waits", "releases", "prefetches")
-    return ", ".join(parts + [f"{getattr(counts, name)} {name}" for name in others if getattr(counts, name)])
-
-
-def table(reports: Sequence[Report]) -> Table:
-    """The reports as a table for `rich.print`: one row each, the counts of the main loop where there is one."""
-    shown = Table("kernel", "target", "registers", "spilled", "shared", "in the loop", "MMA", "loads", "other")
-    for report in reports:
-        part = report.loop if report.loop.instructions else report.whole
-        numbers = {**part.shared, "shuffles": part.shuffles, "I2F": part.i2f, "arrives": part.arrives}
-        shown.add_row(
-            *(report.kernel, report.target.name, str(report.registers), str(report.spill_bytes)),
-            f"{report.shared}" if report.fits else f"[red]{report.shared} > {report.shared_limit}",
-            str(report.loop.instructions),
-            "\n".join(f"{n} {opcode}" for opcode, n in part.mma.items()),
-            "\n".join(f"{name}: {n} {o}" for name, found in part.operands.items() for o, n in found.items()),
-            " ".join(f"{name} {n}" for name, n in numbers.items() if n),
-        )
-    return shown
+from qcompile.testing.report import Report, report_of, table
+from qcompile.testing.targets import TARGETS, Target, chosen
 
 
 def compile_kernel(
@@ -227,7 +53,7 @@ def compile_kernel(
         QCError: `testing.no-triton`; `testing.unknown-target`; `testing.signature` for arguments that the kernel does
             not have or that have no type; `testing.compile` when a target's compiler refuses.
     """
-    chosen = _chosen(targets)
+    found = chosen(targets)
     function = aot.kernel_function(kernel)
     if function is None:
         raise QCError(
@@ -247,7 +73,7 @@ def compile_kernel(
         )
     options = {"num_warps": num_warps, "num_stages": num_stages, **options}
     entry = aot.launch(function, types, known, sorted(names), options)
-    return {report.target.name: report for report in _reports([entry], chosen)}
+    return {report.target.name: report for report in _reports([(entry, target) for target in found])}
 
 
 def compile_for(
@@ -261,7 +87,8 @@ def compile_for(
 
     The function is called within `interpret()` and its launches are noted: types, alignment and constants are those of
     the call. Of an autotuned kernel, the first configuration counts. A function that launches nothing and is not
-    compiled is called again under `torch.compile`.
+    compiled is called again under `torch.compile`. One that asks what the device is, as qcompile does to choose and cut its
+    kernels, is compiled and called for each target, as if the target were there.
 
     Args:
         f: the function, plain or under `torch.compile`.
@@ -277,13 +104,28 @@ def compile_for(
         QCError: `testing.no-triton`; `testing.unknown-target`; `testing.no-kernels` when nothing is launched;
             `testing.compile` when a target's compiler refuses.
     """
-    chosen = _chosen(targets)
+    found = chosen(targets)
+    noted = []
     with interpret():
+        for target in found:
+            with pretending(target.gpu) as asked:
+                noted.append(_launches(f, args, kwargs, run))
+                if not asked():
+                    noted *= len(found)
+                    break
+            torch.compiler.reset()  # what was compiled for this target is none of the next one's
+    pairs = zip_longest(
+        *([(entry, target) for entry in launches] for launches, target in zip(noted, found, strict=True))
+    )
+    return _reports([pair for each in pairs for pair in each if pair is not None])
+
+
+def _launches(f: Callable[..., object], args: Any, kwargs: Any, run: bool) -> list[aot.Launch]:
+    with aot.noted(run=run) as launches:
+        f(*args, **kwargs)
+    if not launches and not aot.is_compiled(f):
         with aot.noted(run=run) as launches:
-            f(*args, **kwargs)
-        if not launches and not aot.is_compiled(f):
-            with aot.noted(run=run) as launches:
-                torch.compile(f)(*args, **kwargs)
+            torch.compile(f)(*args, **kwargs)
     if not launches:
         raise QCError(
             "testing.no-kernels",
@@ -291,35 +133,7 @@ def compile_for(
             why="Inductor emits none for what it gives to libraries, and none for a graph that it does not compile",
             next="pass a function whose work Inductor compiles, or a kernel to compile_kernel",
         )
-    return _reports(launches, chosen)
-
-
-def _chosen(targets: Collection[str]) -> list[Target]:
-    if triton_version() is None:
-        raise QCError(
-            "testing.no-triton",
-            "There is no Triton to compile kernels with.",
-            why="torch's builds for CPUs come without it",
-            next="install the package triton; a GPU is not needed",
-        )
-    if aot.only_interprets():
-        raise QCError(
-            "testing.interpreter",
-            "Kernels are interpreted here and cannot be compiled.",
-            why="inside interpret(), and with TRITON_INTERPRET=1, Triton's own functions are those of its interpreter",
-            next="leave interpret(), which compile_for enters itself; start the process without TRITON_INTERPRET",
-        )
-    names = [targets] if isinstance(targets, str) else list(targets)
-    for name in names:
-        if name not in TARGETS:
-            device = next((of for word, of in DEVICES.items() if word in str(name).upper()), "")
-            hint = f"; {device!r} is that architecture" if device else suggest(str(name), TARGETS)
-            raise QCError(
-                "testing.unknown-target", f"There is no target {name!r}{hint}", next=f"choose of {', '.join(TARGETS)}"
-            )
-    if not names:
-        raise QCError("testing.unknown-target", "No target to compile for", next=f"choose of {', '.join(TARGETS)}")
-    return [TARGETS[name] for name in ([targets] if isinstance(targets, str) else targets)]
+    return launches
 
 
 def _arguments(
@@ -365,42 +179,29 @@ def _no_argument(function: Any, name: str, choices: Collection[str]) -> QCError:
     )
 
 
-def _reports(launches: Sequence[aot.Launch], targets: Sequence[Target]) -> list[Report]:
-    pairs = [(entry, target) for entry in launches for target in targets]
+def _reports(pairs: Sequence[tuple[aot.Launch, Target]]) -> list[Report]:
     results = aot.build([(entry, (target.backend, target.arch, target.warp)) for entry, target in pairs])
     reports, failures = [], []
     for (entry, target), built in zip(pairs, results, strict=True):
         if isinstance(built, aot.Failed):
             failures.append((entry.name, target.name, built.message))
         else:
-            reports.append(_report(entry, target, built))
+            reports.append(report_of(entry, target, built))
     if failures:
         name, where, message = failures[0]
+        refused = {target for _, target, _ in failures}
+        fine = tuple(dict.fromkeys(target.name for _, target in pairs if target.name not in refused))
         others = [f"{kernel} for {target}" for kernel, target, _ in failures[1:]]
         raise QCError(
             "testing.compile",
             f"The kernel {name} does not compile for {where}." + (f" Nor do: {', '.join(others)}." if others else ""),
             where=f"triton {triton_version()}",
             why=message,
-            next="give the targets that are meant",
+            next=f"leave out what it is not for: targets={fine}"
+            if fine
+            else "mend the kernel: no target's compiler takes it",
         )
     return reports
 
 
-def _report(entry: aot.Launch, target: Target, built: aot.Built) -> Report:
-    sass = built.texts.get("sass")
-    code = parse_amdgcn(built.texts["amdgcn"]) if sass is None else parse_sass(sass, built.texts["ptx"])
-    pointers = pointers_of(*entry.lines, entry.pointers)
-    return Report(
-        kernel=entry.name,
-        target=target,
-        registers=built.registers,
-        shared=built.shared,
-        tensor_memory=built.tensor_memory,
-        threads=built.threads,
-        whole=count(code.instructions, pointers),
-        loop=count(main_loop(code), pointers),
-        unwaited=tuple(one.opcode for one in unwaited(code)),
-        options=MappingProxyType(dict(entry.options)),
-        texts=MappingProxyType(dict(built.texts)),
-    )
+__all__ = ["TARGETS", "Report", "Target", "compile_for", "compile_kernel", "table"]

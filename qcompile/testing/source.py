@@ -64,6 +64,20 @@ def pointers_of(file: str, first: int, source: str, pointers: Collection[str]) -
     return named
 
 
+def opening(source: str) -> str:
+    """What a kernel's text says of it first: the first line of its docstring, or the comment that its body begins with."""
+    function = next(
+        (node for node in ast.parse(textwrap.dedent(source)).body if isinstance(node, ast.FunctionDef)), None
+    )
+    if function is None:
+        return ""
+    if said := ast.get_docstring(function):
+        return said.splitlines()[0]
+    lines = textwrap.dedent(source).splitlines()[: function.body[0].lineno - 1]
+    comments = [line.strip() for line in lines if line.strip()]
+    return comments[-1].removeprefix("#").strip() if comments and comments[-1].startswith("#") else ""
+
+
 def _assignments(node: ast.AST) -> list[tuple[ast.expr, ast.expr]]:
     """Targets and values; those of `a, b = c, d` one by one."""
     if isinstance(node, ast.AugAssign | ast.AnnAssign):
