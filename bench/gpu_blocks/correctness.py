@@ -26,6 +26,7 @@ from qcompile.ir.formats import FORMATS
 from qcompile.ir.matmul import OUT_DTYPES
 from qcompile.ir.packing import pack_codes, pack_scales
 from qcompile.ir.scheme import Scheme
+from qcompile.testing.exact_products import exact_product
 
 LARGE = 19, 70, 600  # rows, outputs, inputs: nothing divides a tile
 TINY = 3, 40, 280
@@ -136,6 +137,36 @@ def _product(session: Session, spec: KernelSpec, tile: Tile) -> Case:
         return _excess(y, want.value, want.bound, spec.y)
 
     return Case(f"{spec} {_named(tile)}", error, compile_job(spec, m, n, k, tile))
+
+
+LONG = 16, 96, 8192
+
+
+def long_sums(session: Session) -> Iterator[Case]:
+    """Sums of thousands of terms without a rounding, where bounds see little: one format after another, each kind of tile."""
+    floats = [(f"{name}/axis0", "") for name in FORMATS] + [(scheme, "") for scheme in MORE]
+    chosen = floats + [(scheme, act) for act, schemes in BYTES.items() for scheme in schemes]
+    for i, (scheme, act) in enumerate(session.pick(chosen, chosen[::2], chosen[-2:])):
+        spec = spec_of(scheme, act, ("bf16", "f16")[i % 2])
+        tiles = session.pick((*TILES, *OWN, VENDOR), (TILES[i % len(TILES)], OWN[i % len(OWN)], VENDOR), TILES[:1])
+        for tile in tiles:
+            if tile.way in ways(spec) and TritonLowering().supports(spec):
+                yield _long_sum(session, replace(spec, y="f32"), tile)
+
+
+def _long_sum(session: Session, spec: KernelSpec, tile: Tile) -> Case:
+    m, n, k = session.pick(LONG, LONG, TINY)
+
+    def error(device: torch.device) -> float:
+        problem = exact_product(spec, m, n, k)
+        y = launch(spec, problem.x.to(device), [part.to(device) for part in problem.parts], [], [n], k, tile).cpu()
+        return (
+            0.0
+            if torch.equal(y, problem.want)
+            else _excess(y, problem.want.double(), problem.want.new_zeros(()), "f32") + 2
+        )
+
+    return Case(f"{spec} {_named(tile)} exactly", error, compile_job(spec, m, n, k, tile))
 
 
 def _named(tile: Tile) -> str:
@@ -255,6 +286,7 @@ FAMILIES: Mapping[str, Callable[[Session], Iterator[Case]]] = {
     "products of floats": products,
     "products of bytes": bytes_,
     "decoded weights": decoded,
+    "long sums": long_sums,
     "epilogues": epilogues,
     "merged weights": merged,
     "encoding on the device": encoding,
