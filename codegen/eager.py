@@ -1,9 +1,10 @@
 """Eager calls of `qcompile::qmm` run generated kernels, on CPUs and on GPUs.
 
 Outside of compiled code the operator would run its plain-torch meaning, which decodes the whole weight per call. Here
-it gets an implementation: on CPUs, per spec and dtypes the kernel is built once, as an operator of its own, and called. Where
-there is none (no compiler, a scheme without kernel, a build that failed, a kernel that fails its trial) the plain-torch
-meaning runs, and inside `reference_only()` it always does. On a GPU the Triton kernel of compiled code is launched.
+are its implementations, which `qcompile.operators` registers: on CPUs, per spec and dtypes the kernel is built once, as an
+operator of its own, and called. Where there is none (no compiler, a scheme without kernel, a build that failed, a kernel
+that fails its trial) the plain-torch meaning runs, and inside `reference_only()` it always does. On a GPU the Triton kernel
+of compiled code is launched.
 """
 
 from __future__ import annotations
@@ -41,13 +42,6 @@ _ROUNDOFF = {"f32": 2.0**-24, "f16": 2.0**-11, "bf16": 2.0**-8}
 _STEP = {"f32": 2.0**-126, "f16": 2.0**-24, "bf16": 2.0**-126}
 
 
-@cache
-def install() -> None:
-    """Give `qcompile::qmm` its implementations; calling it again changes nothing."""
-    ops.LIBRARY.impl("qmm", _qmm, "CPU")
-    ops.LIBRARY.impl("qmm", qmm_on_gpu, "CUDA")
-
-
 def qmm_on_gpu(x: Tensor, parts: Sequence[Tensor], extras: Sequence[Tensor], spec: str) -> Tensor:
     """`qmm` by its Triton kernel. Raises what `check_qmm` does."""
     if ops.reference_forced():
@@ -77,7 +71,8 @@ def _gpu_kernel(spec: str, x: torch.dtype, extras: tuple[torch.dtype, ...], devi
     return kernel if lowering.supports(kernel) else None
 
 
-def _qmm(x: Tensor, parts: Sequence[Tensor], extras: Sequence[Tensor], spec: str) -> Tensor:
+def qmm_on_cpu(x: Tensor, parts: Sequence[Tensor], extras: Sequence[Tensor], spec: str) -> Tensor:
+    """`qmm` by a kernel built for this processor. Raises `matmul.operands` for operands that do not fit."""
     if ops.reference_forced():
         return ops.qmm_reference(x, parts, extras, spec)
     key = (spec, x.dtype, *(extra.dtype for extra in extras))

@@ -1,6 +1,7 @@
 """qcompile: quantized inference and training as a backend of `torch.compile`.
 
-`torch.compile(model, backend="qcompile")` needs no import of this package; the names below are for the rest.
+`torch.compile(model, backend="qcompile")` needs no import of this package; the names below are for the rest. A program that
+was saved with `torch.ops.qcompile.*` in it needs the import and nothing else.
 """
 
 from __future__ import annotations
@@ -48,6 +49,9 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_HOMES])
+
+
+importlib.import_module("qcompile.operators").arrange()  # torch.ops.qcompile.*, now or when torch is imported
 
 
 __all__ = [

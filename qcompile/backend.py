@@ -29,7 +29,7 @@ import torch
 from torch import fx
 
 from qcompile import compat
-from qcompile.codegen import eager, inductor
+from qcompile.codegen import inductor
 from qcompile.codegen.devices.cpu import detect_isa
 from qcompile.errors import QCError, warn
 from qcompile.ir.formats import FORMATS, SCALE_FORMATS
@@ -53,8 +53,6 @@ from qcompile.plan.recipe import Recipe
 from qcompile.runtime.frozen import FrozenCall, Slot
 from qcompile.runtime.store import STORE
 from qcompile.verify import verifying
-
-eager.install()
 
 DEFAULT_PASSES: tuple[Pass, ...] = (
     GroupQueries(),

@@ -1,4 +1,8 @@
-"""Look for wrong kernels and wrong passes as long as asked: `make fuzz SECONDS=600`. Every run tries other problems."""
+"""Look for wrong kernels and wrong passes as long as asked: `make fuzz SECONDS=600`. Every run tries other problems.
+
+Kinds of problems take turns: next is the one that is furthest behind its share of the time. A turn is one round of `fuzz`
+with a number of its own, which alone decides what is tried; so a failure is repeated by one turn of one kind.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,8 @@ import importlib.util
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from qcompile.backend import DEFAULT_PASSES
 from qcompile.testing.fuzz import fuzz
@@ -18,7 +23,7 @@ RECIPES = ("none", "int8/axis0:fp32", "int4/g32:fp16", "uint4/g32:fp16+z", "nf4/
 POINTWISE = ("linear", "gated", "point", "norm")  # what the late passes look at
 
 
-def kernels(seconds: float, seed: int) -> int:
+def kernels(number: int) -> int:
     """Generated Triton kernels of random schemes, interpreted."""
     from hypothesis import strategies as st
     from torch import Tensor
@@ -47,60 +52,88 @@ def kernels(seconds: float, seed: int) -> int:
 
     granularities = st.sampled_from([PerTensor(), PerAxis(0), *groups, *nested])
     found = schemes(granularities=granularities, packings=["mma16"], roundings=["nearest"])
-    tiles = random.Random(seed)
 
     def kernel(problem: Problem) -> Tensor:
-        return run(problem.spec, problem.x, problem.parts, [], [problem.n], problem.k, tiles.choice(choices))
+        tile = random.Random(f"{number} {problem}").choice(choices)  # the same one whenever the problem is tried again
+        return run(problem.spec, problem.x, problem.parts, [], [problem.n], problem.k, tile)
 
     given = problems(found.filter(supported).map(str), tuple(OUT_DTYPES))
     with interpret():
-        return fuzz(kernel, given, examples=50, seconds=seconds, start=seed)
+        return fuzz(kernel, given, examples=50, start=number)
 
 
-def passes(stage: str) -> Callable[[float, int], int]:
+def passes(stage: str) -> Callable[[int], int]:
     """The passes of a stage, one after the other, on random models; another recipe each time."""
 
-    def look(seconds: float, seed: int) -> int:
-        kinds = {"kinds": POINTWISE} if stage == "post" else {}
-        rounds, tried, began = random.Random(seed), 0, time.monotonic()
-        while not tried or time.monotonic() - began < seconds:
-            options = {"recipe": rounds.choice(RECIPES), "policy": rounds.choice(["memory", "speed"])}
-            some = [item for item in DEFAULT_PASSES if item.stage == stage]
-            tried += fuzz(some, models(**kinds), examples=10, start=rounds.randrange(2**30), options=options)
-        return tried
+    def look(number: int) -> int:
+        kinds, choose = {"kinds": POINTWISE} if stage == "post" else {}, random.Random(number).choice
+        options = {"recipe": choose(RECIPES), "policy": choose(["memory", "speed"])}
+        some = [item for item in DEFAULT_PASSES if item.stage == stage]
+        return fuzz(some, models(**kinds), examples=10, start=number, options=options)
 
     return look
 
 
-def compiled(seconds: float, seed: int) -> int:
+def compiled(number: int) -> int:
     """Models compiled for this processor, every kernel compared with its reference."""
     some = [item for item in DEFAULT_PASSES if item.stage == "dynamo"]
-    options = {"recipe": random.Random(seed).choice(RECIPES[1:]), "policy": "memory"}
-    return fuzz(some, models(), examples=3, seconds=seconds, start=seed, options=options, compiled=True)
+    options = {"recipe": random.Random(number).choice(RECIPES[1:]), "policy": "memory"}
+    return fuzz(some, models(), examples=3, start=number, options=options, compiled=True)
 
 
-# What is looked at, and the share of the time that it gets.
-PARTS: dict[str, tuple[Callable[[float, int], int], float]] = {
-    "problems for kernels": (kernels, 0.4),
-    "models for the passes on Dynamo's graphs": (passes("dynamo"), 0.3),
-    "models for the passes on functional graphs": (passes("post"), 0.15),
-    "models compiled with every kernel verified": (compiled, 0.15),
+@dataclass(frozen=True)
+class Kind:
+    """What is looked at.
+
+    Attributes:
+        what: in words. share: of the time, that it gets. needs: a package without which there is none.
+        look: one round of a number; how many were tried.
+    """
+
+    what: str
+    share: float
+    look: Callable[[int], int]
+    needs: str = ""
+
+
+KINDS = {
+    "kernels": Kind("problems for kernels", 0.4, kernels, "triton"),
+    "dynamo": Kind("models for the passes on Dynamo's graphs", 0.3, passes("dynamo")),
+    "post": Kind("models for the passes on functional graphs", 0.15, passes("post")),
+    "compiled": Kind("models compiled with every kernel verified", 0.15, compiled),
 }
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None, kinds: Mapping[str, Kind] = KINDS) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--seed", type=int, default=random.randrange(2**30), help="number of the first round")
-    chosen = parser.parse_args()
+    parser.add_argument("--seconds", type=float, default=120.0, help="no turn begins later")
+    parser.add_argument(
+        "--seed", type=int, default=random.randrange(2**30), help="number of the first round of each kind"
+    )
+    parser.add_argument("--only", choices=list(kinds), help="one kind: one turn of it at least")
+    chosen = parser.parse_args(arguments)
     print(f"seed {chosen.seed}, {chosen.seconds:.0f} seconds", flush=True)
-    for what, (look, share) in PARTS.items():
-        if look is kernels and importlib.util.find_spec("triton") is None:
-            print(f"no {what}: triton is not installed", flush=True)
-            continue
-        began = time.monotonic()
-        tried = look(share * chosen.seconds, chosen.seed)
-        print(f"{tried} {what} in {time.monotonic() - began:.0f} seconds, nothing wrong", flush=True)
+    asked = {name: kind for name, kind in kinds.items() if chosen.only in (None, name)}
+    there = [name for name, kind in asked.items() if not kind.needs or importlib.util.find_spec(kind.needs)]
+    tried, turns, spent = dict.fromkeys(asked, 0), dict.fromkeys(asked, 0), dict.fromkeys(asked, 0.0)
+    began = time.monotonic()
+    while there and (time.monotonic() - began < chosen.seconds or (chosen.only and not turns[chosen.only])):
+        name = min(there, key=lambda name: spent[name] / asked[name].share)
+        number, start = chosen.seed + turns[name], time.monotonic()
+        try:
+            tried[name] += asked[name].look(number)
+        except Exception:
+            print(f"repeat it: python tests/fuzz.py --only {name} --seed {number} --seconds 0", flush=True)
+            raise
+        turns[name] += 1
+        spent[name] += time.monotonic() - start
+    for name, kind in asked.items():
+        if tried[name]:
+            print(f"{tried[name]} {kind.what} in {spent[name]:.0f} seconds, nothing wrong")
+        elif name in there:
+            print(f"no {kind.what}: the time was over before its first turn, give it more with --seconds")
+        else:
+            print(f"no {kind.what}: {kind.needs} is not installed")
     return 0
 
 

@@ -269,9 +269,3 @@ def packed_rows(weight: Weight) -> tuple[int, int] | None:
 def row_unit(scheme: Scheme) -> int:
     """How many rows lie together in one piece of packed tensors, which cannot be cut."""
     return 1 if scheme.packing == "rows" else PANEL
-
-
-def operand_shape(weight: Weight) -> tuple[int, ...]:
-    """Shape of the weight operand as the graph sees it (parameters are static)."""
-    value = value_of(weight.node)
-    return tuple(int(s) for s in value.shape)

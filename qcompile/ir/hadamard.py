@@ -114,18 +114,19 @@ def rotate(
     """Rotate blocks of the last dimension: `y = H (s x) / sqrt(size)`, or back, `x = s (H^T y) / sqrt(size)`.
 
     Args:
-        x: `[..., K]`, K a multiple of `size`; computed in float32, or float64 where x has it.
+        x: floats `[..., K]`, K a multiple of `size`; computed in float32, or float64 where x has it.
         size: of a block, an order that `hadamard` has.
         signs: int8 `[K]` of +1 and -1, or None for +1.
-        dtype: of the result, None for that of x.
+        dtype: a float one of the result, None for that of x.
 
     Returns:
         `[..., K]`.
 
     Raises:
-        QCError: `hadamard.size`; `rotate.shape` when K is no multiple of the size, `rotate.signs` when there are not K.
+        QCError: `hadamard.size`; `rotate.shape` when K is no multiple of the size, `rotate.signs` when there are not K,
+            `rotate.dtype` when x or the result would be of integers.
     """
-    check_rotation(x, size, signs)
+    check_rotation(x, size, signs, dtype)
     matrix = hadamard(size).to(x.device, torch.promote_types(x.dtype, torch.float32))
     wide = x.to(matrix.dtype)
     if signs is not None and not inverse:
@@ -137,9 +138,17 @@ def rotate(
     return y.to(dtype or x.dtype)
 
 
-def check_rotation(x: Tensor, size: int, signs: Tensor | None) -> None:
+def check_rotation(x: Tensor, size: int, signs: Tensor | None, dtype: torch.dtype | None = None) -> None:
     """Raise what `rotate` raises for such operands."""
     _check_order(size)
+    for what, given in (("operand", x.dtype), ("result", dtype or x.dtype)):
+        if not (given.is_floating_point or given.is_complex):
+            raise QCError(
+                "rotate.dtype",
+                f"A rotation has no {what} in {given}.",
+                why="it divides by the square root of its size, which whole numbers do not survive",
+                next="rotate floats: the decoded values in place of codes, or x.float()",
+            )
     if x.dim() == 0 or x.shape[-1] % size:
         raise QCError(
             "rotate.shape",

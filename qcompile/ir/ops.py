@@ -122,7 +122,7 @@ def _fake_rotate(
     inverse: bool = False,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    check_rotation(x, size, signs)
+    check_rotation(x, size, signs, dtype)
     return x.new_empty(x.shape, dtype=dtype or x.dtype)
 
 

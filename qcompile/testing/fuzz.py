@@ -1,7 +1,8 @@
 """`fuzz`: look for an input on which a kernel or a pass is wrong, as long as asked.
 
-Hypothesis finds it and makes it small. For a kernel the message says which element, by how much, and what would have been
-allowed; for a pass, which law it breaks, and on which model.
+Hypothesis finds it and makes it small. The message begins with what repeats it: the round, then the problem or the model.
+Behind it stands what is wrong: for a kernel which element, by how much, and what would have been allowed; for a pass, which
+law it breaks.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from qcompile.errors import QCError, suggest
 from qcompile.passes.base import Pass
 from qcompile.testing.capture import Place
 from qcompile.testing.graphs import Model
-from qcompile.testing.hypotheses import HealthCheck, Phase, SearchStrategy, given, seed, settings
+from qcompile.testing.hypotheses import HealthCheck, Phase, SearchStrategy, Verbosity, given, seed, settings
 from qcompile.testing.problems import Problem
 from qcompile.testing.rewrites import Laws, check_model
 
@@ -77,7 +78,7 @@ def fuzz(
 
     Raises:
         AssertionError: for the smallest input found on which a result is further off than derived, or a law is broken.
-        Exception: whatever the kernel or the pass raises, with the smallest input found.
+        Exception: whatever the kernel or the pass raises, for the smallest input found, which its text begins with.
     """
     known = {item.name for item in fields(Laws)}
     if unknown := sorted(set(laws) - known):
@@ -94,10 +95,15 @@ def fuzz(
         )
     promised, tried, began = Laws(**laws), 0, time.monotonic()
     found: list[tuple[Model, Exception]] = []
+    failed: list[Problem] = []  # the latest: Hypothesis ends with the smallest
 
     def try_one(example: Any) -> None:
         if not passes:
-            example.check(subject(example))
+            try:
+                example.check(subject(example))
+            except Exception:
+                failed[:] = [example]
+                raise
         elif not found:  # Hypothesis tries what failed again
             try:
                 check_model(passes, example, promised)
@@ -114,6 +120,9 @@ def fuzz(
             deadline=None,
             database=None,
             derandomize=False,
+            report_multiple_bugs=False,
+            print_blob=False,  # the round repeats it
+            verbosity=Verbosity.quiet,  # the problem is in the message already
             phases=[Phase.generate] if passes else [Phase.generate, Phase.shrink],
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.nested_given],
         )
@@ -129,15 +138,26 @@ def fuzz(
             round_of()
         except Exception as error:
             if not found:
-                error.add_note(again)
-                raise
+                where = "".join(f"problem {problem}\n" for problem in failed if str(problem) not in str(error))
+                raise _led_by(f"{again}\n{where}", error) from error.__cause__
         if found:
             model, wrong = found[0]
-            wrong.add_note(f"on this model:\n{model.code}\n{again}")
-            raise wrong
+            raise _led_by(f"{again}\n{model.code}\n", wrong) from wrong.__cause__
         if time.monotonic() - began >= seconds:
             break
     return tried
+
+
+def _led_by(head: str, error: Exception) -> Exception:
+    """The error with something in front of its text, or noted behind it where the text is not one that can be led."""
+    if isinstance(error, QCError):
+        told = QCError(error.code, head + error.what, where=error.where, why=error.why, next=error.next)
+        return told.with_traceback(error.__traceback__)
+    if type(error).__str__ is Exception.__str__ and len(error.args) <= 1:
+        error.args = (f"{head}{error}",)
+    else:
+        error.add_note(head)
+    return error
 
 
 def _smallest(model: Model, error: Exception, check: Callable[[Model], None]) -> tuple[Model, Exception]:

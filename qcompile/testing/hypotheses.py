@@ -7,7 +7,7 @@ from __future__ import annotations
 from qcompile.errors import QCError
 
 try:
-    from hypothesis import HealthCheck, Phase, given, seed, settings
+    from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
     from hypothesis import strategies as st
     from hypothesis.strategies import DrawFn, SearchStrategy
 except ModuleNotFoundError as error:
@@ -18,4 +18,4 @@ except ModuleNotFoundError as error:
         next="install the package hypothesis",
     ) from error
 
-__all__ = ["DrawFn", "HealthCheck", "Phase", "SearchStrategy", "given", "seed", "settings", "st"]
+__all__ = ["DrawFn", "HealthCheck", "Phase", "SearchStrategy", "Verbosity", "given", "seed", "settings", "st"]

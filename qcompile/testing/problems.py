@@ -60,11 +60,13 @@ class Problem:
         for each element from the operands' sizes (`qcompile.codegen.devices.triton_bounds`).
 
         Raises:
-            AssertionError: naming the element that is off the most, its value, the exact one and what is allowed.
+            AssertionError: naming the problem, then the element that is off the most, its value, the exact one and what is
+                allowed.
         """
-        assert isinstance(y, Tensor), f"the kernel returned {y!r}, not a tensor"
-        assert tuple(y.shape) == (self.m, self.n), f"the result has shape {tuple(y.shape)}, not {(self.m, self.n)}"
-        assert y.dtype == OUT_DTYPES[self.spec.y], f"the result has dtype {y.dtype}, not {OUT_DTYPES[self.spec.y]}"
+        assert isinstance(y, Tensor), f"problem {self}\nthe kernel returned {y!r}, not a tensor"
+        shape, dtype = (self.m, self.n), OUT_DTYPES[self.spec.y]
+        assert tuple(y.shape) == shape, f"problem {self}\nthe result has shape {tuple(y.shape)}, not {shape}"
+        assert y.dtype == dtype, f"problem {self}\nthe result has dtype {y.dtype}, not {dtype}"
         want = expected(self.spec, self.x, self.parts, self.n, self.k, rounded=True)
         unit = ROUNDOFF[self.spec.y]
         allowed = want.bound + unit * (want.value.abs() + want.bound) + SMALLEST[self.spec.y]
@@ -74,9 +76,9 @@ class Problem:
         worst = int(torch.where(excess.isnan(), float("inf"), excess).argmax())
         row, column = divmod(worst, self.n)
         raise AssertionError(
+            f"problem {self}\n"
             f"y[{row}, {column}] = {float(y[row, column])}, exactly {float(want.value[row, column])}, allowed are "
-            f"+-{float(allowed[row, column]):.3g}; {int((~(excess <= 1)).sum())} of {y.numel()} elements are off "
-            f"({self}; packed as {self.spec.weight.packing})"
+            f"+-{float(allowed[row, column]):.3g}; {int((~(excess <= 1)).sum())} of {y.numel()} elements are off"
         )
 
     def __repr__(self) -> str:

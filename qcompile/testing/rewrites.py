@@ -10,6 +10,7 @@ import difflib
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from qcompile import compat
-from qcompile.errors import QCWarning
+from qcompile.errors import QCError, QCWarning
 from qcompile.ir.codec import dequantize, quantize
 from qcompile.ir.matmul import MatmulSpec
 from qcompile.ir.ops import reference_only
@@ -62,9 +63,26 @@ def check_model(passes: Sequence[Pass], model: Model, laws: Laws) -> None:
         with torch.random.fork_rng(devices=[]):
             state = capture(model, stage, laws.place or _place(of_stage[0]), laws.options)
             for item in of_stage:
-                state = check(item, state, laws)
+                with _advice([item, *([] if laws.like is None else [laws.like])]):
+                    state = check(item, state, laws)
     if laws.compiled:
-        _compile(passes, model, laws)
+        with _advice(passes):
+            _compile(passes, model, laws)
+
+
+@contextmanager
+def _advice(passes: Sequence[Pass]) -> Iterator[None]:
+    """A pass under test that fails is not one to compile without: there are no options of a user's to take it out of."""
+    try:
+        yield
+    except QCError as error:
+        if error.code != "pass.failed" or not any(repr(item.name) in error.what for item in passes):
+            raise
+        advice = (
+            "let the pass skip what it cannot change; where it belongs elsewhere in the list, say so with "
+            "fuzz(..., place=('after', NAME)); where it is not meant for such models, with models(KINDS)"
+        )
+        raise QCError(error.code, error.what, where=error.where, why=error.why, next=advice) from error.__cause__
 
 
 def _place(item: Pass) -> Place:

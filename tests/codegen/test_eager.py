@@ -19,7 +19,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import qcompile.backend  # noqa: F401  (installs the CPU implementation)
 from qcompile.codegen import eager
 from qcompile.codegen.devices import cpu
 from qcompile.codegen.devices.cpu_bounds import expected

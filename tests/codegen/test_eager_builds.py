@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._inductor import config as inductor_config
 
-from qcompile.backend import watching  # importing it installs the CPU implementation
+from qcompile.backend import watching
 from qcompile.codegen import eager
 from qcompile.codegen.spec import KernelSpec
 from qcompile.compat import abi, cpp, load_cpp_kernel

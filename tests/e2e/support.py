@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qcompile import convert
 from qcompile.backend import watching
 from qcompile.ir.codec import dequantize, quantize
 from qcompile.runtime.store import STORE, Entry
+from tests.e2e.models import TinyLM
 
 RECIPE = "int8/axis0:fp32"
 # Kernels read an exact activation as 16-bit integers, one scale for each 32 values: half a step of absmax / 32767.
 DIGITS = 0.5 / 32767
 FLOAT = 2.0**-24  # relative error of one fp32 operation
+IDS = torch.randint(0, 128, (2, 5), generator=torch.Generator().manual_seed(1))
 
 
 def compiled(model: Any, recipe: Any = RECIPE, *, dynamic: bool | None = None, **options: Any) -> Any:
@@ -30,6 +33,14 @@ def planned(model: Any, *args: Any, recipe: Any = RECIPE, **options: Any) -> Any
         result = compiled(model, recipe, **options)(*args)
     torch._dynamo.reset()
     return result
+
+
+def packed(recipe: str = RECIPE, **settings: Any) -> nn.Module:
+    """A small language model with its weights given up; its vocabulary is that of `IDS`."""
+    torch.manual_seed(0)
+    model = TinyLM(layers=1, **settings).eval()
+    convert(model, recipe)
+    return model
 
 
 def decoded(model: nn.Module, scheme: str = RECIPE) -> nn.Module:

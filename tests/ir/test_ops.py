@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor
@@ -84,6 +86,17 @@ def test_rotate_is_an_operator(signed: bool, inverse: bool) -> None:
         for wrong in ((fake, 5), (fake, 16), (fake, 12, torch.ones(12, dtype=torch.int8))):
             with pytest.raises(QCError, match=r"hadamard\.size|rotate\."):
                 OPS.rotate(*wrong)
+
+
+@pytest.mark.parametrize("fake", [False, True])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.uint8, torch.bool])
+def test_integers_are_not_rotated(dtype: torch.dtype, fake: bool) -> None:
+    with FakeTensorMode() if fake else nullcontext():
+        with pytest.raises(QCError, match=f"no operand in {dtype}") as caught:
+            OPS.rotate(torch.zeros(2, 16, dtype=dtype), 16)
+        assert caught.value.code == "rotate.dtype"
+        with pytest.raises(QCError, match=f"no result in {dtype}"):
+            OPS.rotate(torch.zeros(2, 16), 16, None, False, dtype)
 
 
 def test_static_scales_are_checked() -> None:

@@ -13,9 +13,13 @@ from qcompile import compat
 from qcompile.codegen import inductor
 from qcompile.options import Options
 from qcompile.passes.base import Kernel, Pass, PassContext
+from qcompile.passes.detect.canonicalize import Canonicalize
+from qcompile.passes.detect.sites import Detect
 from qcompile.passes.manager import PassManager
+from qcompile.passes.rewrite.resolve import Resolve
 from qcompile.plan.plan import Plan
 from qcompile.plan.recipe import Recipe
+from qcompile.plan.site import Site
 from qcompile.runtime.store import STORE
 
 RECIPE = "int8/axis0:fp32"
@@ -51,6 +55,14 @@ def run(passes: Sequence[Pass], gm: fx.GraphModule, ctx: PassContext) -> str:
     """Run passes in place; the graph's text afterwards."""
     PassManager(passes).run(gm, ctx)
     return str(gm.graph)
+
+
+def sites(model: Any, *args: Any, **options: Any) -> list[Site]:
+    """The sites of a model's graph, with what a recipe makes of them."""
+    gm, inputs = dynamo_graph(model, *args)
+    ctx = context(gm, inputs, **options)
+    run([Canonicalize(), Detect(), Resolve()], gm, ctx)
+    return [decision.site for decision in ctx.plan]
 
 
 class Functional(nn.Module):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed: torch's builds for CPUs come without it")
 
+from qcompile import QCError
 from qcompile.codegen.devices.triton import Tile, run, text_of
 from qcompile.testing.fuzz import fuzz
 from qcompile.testing.interpret import interpret
@@ -49,8 +50,43 @@ def test_a_right_kernel_passes() -> None:
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_bug_is_found(bug: str) -> None:
-    with pytest.raises(AssertionError, match="allowed are"):
-        fuzz(kernel(BUGS[bug]), problems(WEIGHT), examples=30)
+    with pytest.raises(AssertionError, match="allowed are") as caught:
+        fuzz(kernel(BUGS[bug]), problems(WEIGHT), examples=30, start=1)
+    first, second, third = str(caught.value).splitlines()
+    assert first == "found in round 1: fuzz(..., start=1) finds it again"
+    assert second.startswith(f"problem {WEIGHT} ")
+    assert third.startswith("y[")
+    assert not getattr(caught.value, "__notes__", [])  # nothing behind what is wrong
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (RuntimeError("no room"), "no room"),
+        (AssertionError(), ""),
+        (QCError("some.code", "no room", next="make some"), "no room [some.code]\n  next: make some"),
+    ],
+)
+def test_what_a_kernel_raises_comes_behind_its_problem(error: Exception, text: str) -> None:
+    def raising(problem: Problem) -> Tensor:
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        fuzz(raising, problems("int8/axis0@rows"), examples=2)
+    first, second, *rest = str(caught.value).splitlines()
+    assert first == "found in round 0: fuzz(..., start=0) finds it again"
+    assert second.startswith("problem int8/axis0:fp32@rows ")
+    assert "\n".join(rest) == text
+
+
+def test_an_error_with_a_text_of_its_own_has_the_problem_as_a_note() -> None:
+    def raising(problem: Problem) -> Tensor:
+        raise KeyError("tile")
+
+    with pytest.raises(KeyError, match="tile") as caught:
+        fuzz(raising, problems("int8/axis0@rows"), examples=2)
+    assert caught.value.args == ("tile",)
+    assert any("problem int8/axis0:fp32@rows " in note for note in caught.value.__notes__)
 
 
 def test_more_rounds_are_other_problems() -> None:

@@ -132,9 +132,10 @@ def test_a_bug_is_found(bug: str) -> None:
     item, kinds, laws = BUGS[bug]
     with pytest.raises(AssertionError, match=f"pass '{item.name}'") as caught:
         fuzz(item, models(kinds, **PLAIN), examples=100, **laws)
-    notes = "\n".join(caught.value.__notes__)
-    assert "fuzz(..., start=0" in notes
-    shown = notes[notes.index("class Model") : notes.index("dynamic = ")]
+    text = str(caught.value)
+    assert text.startswith("found in round 0: fuzz(..., start=0")
+    assert text.index("dynamic = ") < text.index(f"pass '{item.name}'")  # what repeats it, then what is wrong
+    shown = text[text.index("class Model") : text.index("dynamic = ")]
     assert shown.count("\n") <= 15, shown  # shrunk: one layer
     names: dict[str, Any] = {"torch": torch, "nn": torch.nn, "F": F}
     exec(shown, names)  # and it can be pasted
@@ -274,8 +275,20 @@ def test_each_law_can_be_broken(what: str) -> None:
 
 
 def test_a_pass_that_fails_is_named() -> None:
-    with pytest.raises(QCError, match="pass 'doing' failed: IndexError"):
+    with pytest.raises(QCError, match="pass 'doing' failed: IndexError") as caught:
         check_model([Doing("an error")], Model((LINEAR,)), Laws())
+    assert isinstance(caught.value.__cause__, IndexError)
+    assert "options" not in caught.value.next  # there are none to take the pass out of
+    assert "skip" in caught.value.next
+
+
+def test_a_pass_that_fails_in_fuzz_is_shown_behind_its_model() -> None:
+    with pytest.raises(QCError) as caught:
+        fuzz(Doing("an error"), models(["linear"], **PLAIN), examples=5, start=3)
+    assert (caught.value.code, type(caught.value.__cause__)) == ("pass.failed", IndexError)
+    text = str(caught.value)
+    assert text.startswith("found in round 3: fuzz(..., start=3)")
+    assert text.index("dynamic = ") < text.index("pass 'doing' failed") < text.index("next: let the pass skip")
 
 
 def test_what_is_no_pass_is_refused() -> None:
