@@ -86,6 +86,11 @@ class KernelSpec:
         """Whether the epilogue combines the segments column by column."""
         return any(name[0] == "a" and name != "acc" for name in epilogue_names(self.epilogue))
 
+    @property
+    def sums(self) -> int:
+        """Sums that a kernel holds for each result."""
+        return self.segments if self.paired else 1
+
     def __repr__(self) -> str:
         return f"<kernel {self}>"
 

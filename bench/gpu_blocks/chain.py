@@ -7,6 +7,7 @@ its first weights while the one before ends: for nothing, for what its pipeline 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 from gpu_blocks.device import Contestant
 from gpu_blocks.figures import figures, line
-from gpu_blocks.matmuls import Problem, Weight, compile_job, fitted, label, spec_of, wider
+from gpu_blocks.matmuls import Problem, Weight, compile_job, fitted, label, spec_of
 from gpu_blocks.session import Session, Wrong
 from gpu_blocks.warm import Job
 from qcompile.codegen.devices.triton import Tile, choose_tile
@@ -49,7 +50,7 @@ def run(session: Session) -> None:
 def tiles(session: Session, spec: KernelSpec, n: int) -> list[Tile]:
     """The shipped one, a deeper pipeline, and twice the blocks."""
     tuned = choose_tile(spec, (n,), n, 1, session.device.torch)
-    more = [wider(tuned, stages=tuned.stages + 2), wider(tuned, splits=2 * tuned.splits)]
+    more = [replace(tuned, stages=tuned.stages + 2), replace(tuned, splits=2 * tuned.splits)]
     return fitted(spec, [tuned, *session.pick(more, [], [])], n)
 
 

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from gpu_blocks.figures import figures, line
-from gpu_blocks.matmuls import (
-    Problem,
-    Weight,
-    compile_job,
-    fitted,
-    float_layer,
-    float_weights,
-    kernels,
-    label,
-    spec_of,
-    wider,
-)
+from gpu_blocks.matmuls import Problem, Weight, compile_job, fitted, float_layer, float_weights, kernels, label, spec_of
 from gpu_blocks.session import Session, Wrong
 from qcompile.codegen.devices.triton import Tile, choose_tile
 from qcompile.codegen.spec import KernelSpec
@@ -64,7 +54,7 @@ def run(session: Session) -> None:
 def tiles(session: Session, spec: KernelSpec, m: int, n: int, k: int) -> list[Tile]:
     """The shipped one, one with twice the columns, one with another depth."""
     first = choose_tile(spec, (n,), k, m, session.device.torch)
-    others = [wider(first, columns=128, warps=8), wider(first, stages=5, splits=2 * first.splits)]
+    others = [replace(first, columns=128, warps=8), replace(first, stages=5, splits=2 * first.splits)]
     return fitted(spec, [first, *session.pick(others, others[:1], others[:1])], k)
 
 

@@ -7,7 +7,7 @@ A generated kernel becomes a contestant only when its result is within the bound
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from typing import Any
 
@@ -212,11 +212,6 @@ def kernels(
     return found
 
 
-def wider(tile: Tile, **changes: Any) -> Tile:
-    """A tile with other fields."""
-    return replace(tile, **changes)
-
-
 __all__ = [
     "Problem",
     "Weight",
@@ -229,5 +224,4 @@ __all__ = [
     "rounded",
     "spec_of",
     "sums_of",
-    "wider",
 ]

@@ -10,23 +10,13 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
 from gpu_blocks import peers
 from gpu_blocks.figures import against, figures, line
-from gpu_blocks.matmuls import (
-    Problem,
-    Weight,
-    compile_job,
-    fitted,
-    float_layer,
-    float_weights,
-    kernels,
-    label,
-    spec_of,
-    wider,
-)
+from gpu_blocks.matmuls import Problem, Weight, compile_job, fitted, float_layer, float_weights, kernels, label, spec_of
 from gpu_blocks.session import Session, Wrong
 from gpu_blocks.warm import Job
 from qcompile import compat
@@ -82,7 +72,7 @@ def _jobs(session: Session, todo: list[dict[str, Any]]) -> Iterator[Job]:
         (tuned,) = fitted(spec, [choose_tile(spec, (n,), k, m, session.device.torch)], k)
         for tile in (*tiles(session, spec, k), tuned):
             wanted[(scheme, m, tile, "subnormal")] = (n, k)
-        wanted[(scheme, m, wider(tuned, columns=64), "magic")] = (n, k)
+        wanted[(scheme, m, replace(tuned, columns=64), "magic")] = (n, k)
     for (s, m, tile, decode), size in wanted.items():
         yield compile_job(spec_of(s), m, *size, tile, decode)
 
@@ -105,7 +95,7 @@ def _shape(session: Session, config: dict[str, Any], weight: Weight) -> dict[Til
     session.say(f"  {config['scheme']} M={m} {n}x{k}")
     problem = Problem.of(weight, m)
     found = kernels(session, problem, tiles(session, spec, k))
-    magic = kernels(session, problem, [wider(problem.tuned(), columns=64)], "magic")
+    magic = kernels(session, problem, [replace(problem.tuned(), columns=64)], "magic")
     tuned = problem.kernel(problem.tuned(), name="shipped tile")
     best = device.best([contestant for _, contestant in found.values()], session.pick(4, 2, 2))
     if not best:
@@ -149,7 +139,7 @@ def _candidates(session: Session, times: dict[Any, dict[Tile, float]]) -> None:
         shapes = [key for key in times if key[-1] == rows and key[0] == SCHEME and any(times[key].values())]
         for key in shapes:
             by_shape = {
-                wider(tile, splits=1): (time, tile.splits) for tile, time in sorted(times[key].items(), key=_slow)
+                replace(tile, splits=1): (time, tile.splits) for tile, time in sorted(times[key].items(), key=_slow)
             }
             for tile, (time, splits) in by_shape.items():
                 slowdown[tile].append(time / min(times[key].values()))

@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from qcompile import compat
-from qcompile.codegen.devices.triton_decoded import cut_own, other_way, ways
+from qcompile.codegen.devices.triton_decoded import Call, cut_own, other_way, ways
+from qcompile.codegen.devices.triton_launch import dense_rows, memory_of_splits
 from qcompile.codegen.devices.triton_lines import Layout, integer_sums
 from qcompile.codegen.devices.triton_numbers import Bytes, byte_operand, why_no_bytes
 from qcompile.codegen.devices.triton_order import natural
 from qcompile.codegen.devices.triton_overlap import begin_with_weights
 from qcompile.codegen.devices.triton_text import Text, kernel_text
-from qcompile.codegen.devices.triton_tickets import memory_of_splits
 from qcompile.codegen.registry import Verdict
 from qcompile.codegen.spec import LONG_K, KernelSpec
-from qcompile.codegen.tuning.triton import Shape, Tile, shape_for, tiles_across
+from qcompile.codegen.tuning.triton import Shape, Tile, Way, shape_for, tiles_across
 from qcompile.ir.granularity import Nested, PerAxis, PerBlock, PerGroup, PerTensor, PerToken
 from qcompile.ir.matmul import OUT_DTYPES, MatmulSpec, quantize_values
 from qcompile.ir.packing import ceil_div
@@ -167,20 +167,15 @@ class Matmul:
             last = first + segments * self.parts
             columns = k if spec.act is None else ceil_div(k, self.text.layout.unit) * self.text.layout.unit
             inputs = [x.as_strided((m, columns), (ldx, 1)), *operands[:first]]
-            other_way(spec)(inputs, operands[first:last], operands[last:-1], operands[-1], n, k, sizes[segments:], tile)
+            extras, y = operands[last:-1], operands[-1]
+            other_way(spec)(Call(inputs, operands[first:last], extras, y, n, k, sizes[segments:], tile))
             return
         tile = fit(tile, self.text.layout, k)
         tiles = tiles_across(n, tile.columns, spec.paired) * ceil_div(m, tile.rows)
-        work = counters = operands[-1]
-        if tile.splits > 1:
-            sums = segments if spec.paired else 1
-            work, counters = memory_of_splits(tiles, tile.splits * sums * tile.rows * tile.columns, x.device)
+        work = memory_of_splits(tiles, tile.splits, spec.sums * tile.rows * tile.columns, operands[-1])
         self.kernel[tiles, tile.splits](
-            x, *operands, work, counters, m, k, ldx, *sizes,
-            BM=tile.rows, BN=tile.columns, KC=tile.units, SPLIT=tile.splits, STAGES=tile.stages,
-            EVEN=k % self.text.layout.unit == 0, NATURAL=tile.natural,
-            num_warps=tile.warps, num_stages=tile.stages, **tile.limit,
-            **begin_with_weights(x.device, tile.rows * tile.columns, tile.units, tile.stages),
+            x, *operands, *work, m, k, ldx, *sizes, EVEN=k % self.text.layout.unit == 0,
+            **tile.constants, **tile.options, **begin_with_weights(x.device, tile),
         )  # fmt: skip
 
 
@@ -195,15 +190,30 @@ def family(spec: KernelSpec) -> str:
 @compat.chosen_once(maxsize=4096)
 def choose_tile(spec: KernelSpec, n: tuple[int, ...], k: int, m: int, device: torch.device) -> Tile:
     """How to cut a product, from its sizes and the shipped table."""
+    return choose(spec, n, k, m, lambda rows: ceil_div(m, rows), ways(spec), device)
+
+
+def choose(
+    spec: KernelSpec,
+    n: Sequence[int],
+    k: int,
+    m: int,
+    tiles_of_rows: Callable[[int], int],
+    allowed: Collection[Way],
+    device: torch.device,
+) -> Tile:
+    """The tile of the table's line for m rows of x, and how often K is split; `tiles_of_rows` tells, of the rows of a tile, how
+    many tiles all rows of x take."""
     gpu = compat.gpu(device)
-    shape = shape_for(gpu.architecture, family(spec), m, ways(spec))
+    shape = shape_for(gpu.architecture, family(spec), m, allowed)
     tile = cut(spec, shape, gpu.shared, gpu.architecture)
     if tile.way != "fused":
         return tile
-    tiles = tiles_across(n, tile.columns, spec.paired) * ceil_div(m, tile.rows)
+    tiles = tiles_across(n, tile.columns, spec.paired) * tiles_of_rows(tile.rows)
     # Enough blocks for every multiprocessor, each with at least four iterations.
-    wanted, most = shape.waves * gpu.processors // tiles, ceil_div(k, text_of(spec).layout.unit * tile.units) // 4
-    return replace(tile, splits=1 << max(0, min(wanted, most, 16).bit_length() - 1))
+    steps = ceil_div(k, Layout.of(spec.weight, spec.act).unit * tile.units)
+    wanted = min(shape.waves * gpu.processors // tiles, steps // 4, 16)
+    return replace(tile, splits=1 << max(0, wanted.bit_length() - 1))
 
 
 def plan(spec: KernelSpec, n: tuple[int, ...], k: int, m: int, device: torch.device) -> str:
@@ -221,7 +231,7 @@ def cut(spec: KernelSpec, shape: Shape, shared: int, architecture: str = "") -> 
         return cut_own(spec, shape, shared, architecture)
     layout, element = text_of(spec).layout, 1 if spec.act is not None else OUT_DTYPES[spec.x].itemsize
     units, rows = max(1, shape.depth // layout.unit), shape.rows
-    codes = shape.columns * spec.weight.format.bits // 8 * (spec.segments if spec.paired else 1)
+    codes = shape.columns * spec.weight.format.bits // 8 * spec.sums
 
     if architecture.startswith("sm_10"):  # its tensor cores do not read registers: the decoded operand lies there too
         shared -= shape.columns * units * layout.unit * element
@@ -274,22 +284,16 @@ def run(
         `[..., columns]` of dtype `spec.y`.
     """
     columns = n[0] if spec.paired else sum(n)
-    rows = _rows(x)
+    rows = dense_rows(x)
     y = torch.empty(rows.shape[0], columns, dtype=OUT_DTYPES[spec.y], device=x.device)
     kinds = [kind for kind, _ in spec.extras]
-    operands = [_rows(e) if kind == "mat" else e.contiguous() for e, kind in zip(extras, kinds, strict=True)]
+    operands = [dense_rows(e) if kind == "mat" else e.contiguous() for e, kind in zip(extras, kinds, strict=True)]
     mats = [e.stride(0) for e, kind in zip(operands, kinds, strict=True) if kind == "mat"]
     inputs = (rows,) if spec.act is None else quantize_input(rows, *static, spec=spec)
     matmul = Matmul(spec, text)
     with compat.on(x.device):
         matmul(*inputs, *parts, *operands, y, rows.shape[0], k, inputs[0].stride(0), *n, *mats, columns, tile=tile)
     return y.reshape(*x.shape[:-1], columns)
-
-
-def _rows(t: torch.Tensor) -> torch.Tensor:
-    """A matrix whose rows are dense."""
-    flat = t.reshape(-1, t.shape[-1])
-    return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
 
 
 def quantize_input(x: torch.Tensor, *static: torch.Tensor, spec: KernelSpec) -> tuple[torch.Tensor, ...]:
@@ -310,12 +314,12 @@ def quantize_input(x: torch.Tensor, *static: torch.Tensor, spec: KernelSpec) -> 
     operand = byte_operand(spec.act)
     codes, sums = _BYTE_DTYPES[operand], torch.int32 if integer_sums(operand, layout) else torch.float32
     wide = x.reshape(m, k).float()
-    of_rows = isinstance(spec.act.granularity, PerTensor)  # what one row holds says nothing about the others
-    if of_rows:
+    shared = isinstance(spec.act.granularity, PerTensor)  # one scale for all rows, which a bad row is not to spoil
+    if shared:
         finite = torch.isfinite(wide).all(-1, keepdim=True)
         wide = torch.where(finite, wide, torch.zeros_like(wide))
     q, scale, zero = quantize_values(wide, spec.act, static)
-    if of_rows:
+    if shared:
         scale = torch.where(finite, scale, math.nan)
     q = q if zero is None else q - zero
     columns = ceil_div(k, layout.unit) * layout.unit

@@ -14,9 +14,9 @@ import torch
 
 from qcompile import compat
 from qcompile.codegen.devices.triton_attention_text import HEADS, AttentionSpec, AttentionText, attention_text
+from qcompile.codegen.devices.triton_launch import memory_of_splits
 from qcompile.codegen.devices.triton_order import natural
 from qcompile.codegen.devices.triton_overlap import begin
-from qcompile.codegen.devices.triton_tickets import tickets
 from qcompile.errors import QCError
 from qcompile.ir.kvcache import Cache, CacheLayout
 from qcompile.ir.packing import ceil_div
@@ -107,16 +107,12 @@ def decode_attention(
     block = block or choose_block(layout, blocks, table.shape[1], q.device)
     columns = HEADS if group > HEADS // 2 else HEADS // 2
     text = text_of(AttentionSpec(layout, DTYPES[q.dtype]))
-    work = counters = lengths
-    if block.splits > 1:
-        # The sums of each split, its maximum and its sum of probabilities.
-        size = blocks * block.splits * columns * (text.rows + 2)
-        work = torch.empty(size, dtype=torch.float32, device=q.device)
-        counters = tickets(blocks, q.device)
+    # The sums of each split, its maximum and its sum of probabilities.
+    work = memory_of_splits(blocks, block.splits, columns * (text.rows + 2), lengths)
     exponent = (dim**-0.5 if scale is None else scale) * math.log2(math.e)
     with compat.on(q.device):
         compat.triton_kernel(text.source)[blocks, block.splits](
-            q, *(part.view(torch.int32) for part in cache.parts), table, lengths, y, work, counters, exponent,
+            q, *(part.view(torch.int32) for part in cache.parts), table, lengths, y, *work, exponent,
             kv, group, chunks, table.shape[1], table.stride(0), q.stride(0), q.stride(1), y.stride(0), y.stride(1),
             NH=columns, NATURAL=block.natural, STAGES=block.stages, num_warps=block.warps, num_stages=block.stages,
             **begin(q.device),

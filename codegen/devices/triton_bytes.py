@@ -40,19 +40,19 @@ class Stored(Codes):
 
     def after(self) -> list[str]:
         """As in `Codes`; what only the end reads is loaded here."""
-        lines = [] if self.layout.act_group else ["sx = of_rows(XS, m_at)"]
-        lines += ["xs = of_rows(XG, m_at)"] if self.corrected and not self.layout.cell else []
+        lines = [] if self.layout.act_group else ["sx = for_rows(XS + m_at, 2 * BN)"]
+        lines += ["xs = for_rows(XG + m_at, 2 * BN)"] if self.corrected and not self.layout.cell else []
         return lines + super().after()
 
     def loop(self) -> list[str]:
         """One iteration: BK columns, which lie in one cell."""
         layout, lines = self.layout, []
         if layout.cell and self.corrected:
-            lines.append(f"xs = of_rows(XG, m_at * cells + k // {layout.cell})")
+            lines.append(f"xs = for_rows(XG + m_at * cells + k // {layout.cell}, 2 * BN)")
             # Iterations may share a cell, which has one sum.
             lines.append(f"xs = xs if BK == {layout.cell} else tl.where(k % {layout.cell} == 0, xs, 0)")
         if layout.act_group:
-            lines.append(f"sx = of_rows(XS, m_at * x_groups + k // {layout.act_group})")
+            lines.append(f"sx = for_rows(XS + m_at * x_groups + k // {layout.act_group}, 2 * BN)")
         lines.append("x = tl.trans(X.load([tile_m * BM, k])) if TMA else tl.load(x_at + k)")
         for i, acc in self.pairs:
             lines.append(f"w = D.load([{self.left_of[i]} + tile_n * BN, k]) if TMA else tl.load(w_at{i} + k)")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -45,6 +46,43 @@ def ways(spec: KernelSpec) -> tuple[Way, ...]:
     return ("fused", "own") if layout.cell else ("fused", "own", "vendor")
 
 
+@dataclass(frozen=True)
+class Call:
+    """What a product is called with.
+
+    Attributes:
+        inputs: x, `[M, k]`; with an activation scheme codes of x, `[M, K padded to the unit]`, scales, and sums of codes where
+            the fused kernel reads them.
+        parts: packed parts of each segment, codes as int32.
+        extras: "row" `[columns]`, "mat" `[M, columns]`.
+        y: `[M, columns]`, which is written.
+        n: rows of each segment.
+        strides: row strides of "mat" extras and of y.
+        tile: with a way that the spec has.
+    """
+
+    inputs: Tensors
+    parts: Tensors
+    extras: Tensors
+    y: torch.Tensor
+    n: Sequence[int]
+    k: int
+    strides: Sequence[int]
+    tile: Tile
+
+
+def _decode(
+    kernel: Any, weight: torch.Tensor, parts: Tensors, n: Sequence[int], k: int, units: int, together: int = 1
+) -> None:
+    """Write the rows of all segments, one after the other; a block decodes so many units of the packing `together`."""
+    each = len(parts) // len(n)
+    for i, rows in enumerate(weight[: sum(n)].split(list(n))):
+        kernel[ceil_div(n[i], COLUMNS), units // together](
+            rows, *parts[i * each : (i + 1) * each], n[i], k, weight.stride(0),
+            BN=COLUMNS, KC=together, num_warps=WARPS, **begin(weight.device),
+        )  # fmt: skip
+
+
 class Floats:
     """The product of a spec without activation scheme."""
 
@@ -55,43 +93,20 @@ class Floats:
         self.plain = not spec.epilogue.replace("acc", "") and not spec.extras and spec.x == spec.y
         self.finish = None if self.plain else compat.triton_kernel(finish_text(spec))
 
-    def __call__(
-        self,
-        inputs: Tensors,
-        parts: Tensors,
-        extras: Tensors,
-        y: torch.Tensor,
-        n: Sequence[int],
-        k: int,
-        strides: Sequence[int],
-        tile: Tile,
-    ) -> None:
-        """Write y.
-
-        Args:
-            inputs: x, `[M, k]`.
-            parts: packed parts of each segment, codes as int32.
-            extras: "row" `[columns]`, "mat" `[M, columns]`.
-            y: `[M, columns]`.
-            n: rows of each segment.
-            strides: row strides of "mat" extras and of y.
-            tile: with a way that the spec has.
-        """
-        (x,), each = inputs, len(parts) // len(n)
+    def __call__(self, call: Call) -> None:
+        """Write y."""
+        (x,), y, n, k = call.inputs, call.y, call.n, call.k
         weight = torch.empty(sum(n), k, dtype=x.dtype, device=x.device)
-        for i, rows in enumerate(weight.split(list(n))):
-            grid = (ceil_div(n[i], COLUMNS), ceil_div(k, self.layout.unit))
-            own = parts[i * each : (i + 1) * each]
-            self.decode[grid](rows, *own, n[i], k, k, BN=COLUMNS, KC=1, num_warps=WARPS, **begin(x.device))
+        _decode(self.decode, weight, call.parts, n, k, ceil_div(k, self.layout.unit))
         m = x.shape[0]
         if self.finish is None:
-            torch.mm(x, weight.t(), out=y.view(m, -1))
+            compat.mm_float32(x, weight.t(), out=y.view(m, -1))
             return
         sums = compat.mm_float32(x, weight.t())
         columns = n[0] if self.spec.paired else sum(n)
         grid = (ceil_div(m, ROWS), ceil_div(columns, COLUMNS))
         self.finish[grid](
-            sums, *extras, y, m, columns, sums.stride(0), *strides,
+            sums, *call.extras, y, m, columns, sums.stride(0), *call.strides,
             BM=ROWS, BN=COLUMNS, num_warps=WARPS, **begin(x.device),
         )  # fmt: skip
 
@@ -129,45 +144,28 @@ class Octets:
     def weight(self, parts: Tensors, n: Sequence[int], k: int, dtype: torch.dtype) -> torch.Tensor:
         """The bytes of all segments, `[rows, K padded to the unit]`: their rows one after the other, then some that hold
         anything, up to a multiple of `LIBRARY`."""
-        units, each = ceil_div(k, self.layout.unit), len(parts) // len(n)
+        units = ceil_div(k, self.layout.unit)
         rows = ceil_div(sum(n), LIBRARY) * LIBRARY
         found = torch.empty(rows, units * self.layout.unit, dtype=dtype, device=parts[0].device)
-        words = found.view(torch.int32)
         together = math.gcd(units, max(1, 128 // self.layout.unit))  # 128 columns of a row, a line of the cache
-        for i, mine in enumerate(words[: sum(n)].split(list(n))):
-            grid = (ceil_div(n[i], COLUMNS), units // together)
-            own = parts[i * each : (i + 1) * each]
-            self.decode[grid](
-                mine, *own, n[i], k, words.stride(0), BN=COLUMNS, KC=together, num_warps=WARPS, **begin(words.device)
-            )
+        _decode(self.decode, found.view(torch.int32), parts, n, k, units, together)
         return found
 
-    def __call__(
-        self,
-        inputs: Tensors,
-        parts: Tensors,
-        extras: Tensors,
-        y: torch.Tensor,
-        n: Sequence[int],
-        k: int,
-        strides: Sequence[int],
-        tile: Tile,
-    ) -> None:
-        """Write y. Arguments as of `Floats`, but for inputs: codes of x, `[M, K padded to the unit]`, scales, and sums of codes
-        where the fused kernel reads them."""
-        x, *more = inputs
-        weight, each = self.weight(parts, n, k, x.dtype), len(parts) // len(n)
+    def __call__(self, call: Call) -> None:
+        """Write y."""
+        (x, *more), parts, n, tile = call.inputs, call.parts, call.n, call.tile
+        weight, each = self.weight(parts, n, call.k, x.dtype), len(parts) // len(n)
         scales = [part for i in range(len(n)) for part in parts[i * each + 1 : (i + 1) * each]]
-        rest = [*more, *scales, *extras, y, x.shape[0], k]
+        rest = [*more, *scales, *call.extras, call.y, x.shape[0], call.k]
         if tile.way == "own":
-            self._own(x, weight, rest, [*n, *strides], tile)
-        elif self.scaled and sum(n) == weight.shape[0] and is_hopper(compat.gpu(x.device).architecture):
+            self._own(x, weight, rest, [*n, *call.strides], tile)
+        elif self.scaled and sum(n) == weight.shape[0] and library_scales(compat.gpu(x.device).architecture):
             columns = torch.cat([unpack_scales(s, size).reshape(-1) for s, size in zip(scales, n, strict=True)])
-            compat.mm_e4m3(x, weight.t(), more[0].reshape(-1, 1), columns.reshape(1, -1), out=y)
+            compat.mm_e4m3(x, weight.t(), more[0].reshape(-1, 1), columns.reshape(1, -1), out=call.y)
         else:
             sums = compat.mm_int8(x, weight.t()) if self.lines.whole else compat.mm_e4m3(x, weight.t())
             grid = (ceil_div(x.shape[0], ROWS) * self._tiles(n, COLUMNS),)
-            sizes = [sums.stride(0), *n, *strides]
+            sizes = [sums.stride(0), *n, *call.strides]
             self.finish[grid](sums, *rest, *sizes, BM=ROWS, BN=COLUMNS, num_warps=WARPS)
 
     def _own(
@@ -181,8 +179,8 @@ class Octets:
             operands = [compat.descriptor(x, (tile.rows, depth)), compat.descriptor(weight, (tile.columns, depth))]
         blocks = compat.gpu(x.device).processors * max(1, FULL // tile.warps)
         self.product[min(tiles, blocks),](
-            *operands, *rest, x.stride(0), *sizes, BM=tile.rows, BN=tile.columns, BK=depth, STAGES=tile.stages,
-            TMA=tma, FLAT=tile.flat, num_warps=tile.warps, num_stages=tile.stages,
+            *operands, *rest, x.stride(0), *sizes,
+            BM=tile.rows, BN=tile.columns, BK=depth, STAGES=tile.stages, TMA=tma, FLAT=tile.flat, **tile.options,
         )  # fmt: skip
 
     def _tiles(self, n: Sequence[int], columns: int) -> int:
@@ -195,8 +193,8 @@ def other_way(spec: KernelSpec) -> Floats | Octets:
     return Floats(spec) if spec.act is None else Octets(spec)
 
 
-def is_hopper(architecture: str) -> bool:
-    """Whether a GPU copies tiles that descriptors tell of, and its library scales rows and columns; both work on a CPU."""
+def library_scales(architecture: str) -> bool:
+    """Whether the library of a GPU scales rows and columns of a product of e4m3; what stands for it on a CPU does."""
     return architecture == "" or (architecture.startswith("sm_") and int(architecture[3:]) >= 90)
 
 
@@ -207,8 +205,7 @@ def cut_own(spec: KernelSpec, shape: Shape, shared: int, architecture: str) -> T
     sums do not stay in one accumulator, and "mat" extras. 128 of a thread's 255 registers are for them on sm_90, whose
     instructions read memory, and 64 elsewhere, where they read registers, or sums come from a memory of their own.
     """
-    lines, most = Stored.of(spec), 128 if architecture == "sm_90" else 64
-    sums = len(lines.accumulators)
+    lines, most, sums = Stored.of(spec), 128 if architecture == "sm_90" else 64, spec.sums
     held = sums + bool(lines.layout.cell or not lines.whole) + [kind for kind, _ in spec.extras].count("mat")
     rows, depth = shape.rows, shape.depth
     threads = shape.warps * (64 if architecture.startswith("gfx") else 32)
@@ -226,4 +223,4 @@ def cut_own(spec: KernelSpec, shape: Shape, shared: int, architecture: str) -> T
     return Tile(rows, shape.columns, 1, 1, stages, shape.warps, "own", depth, tma, shape.flat)
 
 
-__all__ = ["Floats", "Octets", "cut_own", "is_hopper", "other_way", "ways"]
+__all__ = ["Call", "Floats", "Octets", "cut_own", "library_scales", "other_way", "ways"]

@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from qcompile import compat
-from qcompile.codegen.devices.triton import Tile, cut, family, fit, quantize_input
+from qcompile.codegen.devices.triton import Tile, choose, fit, quantize_input
+from qcompile.codegen.devices.triton_launch import dense_rows, memory_of_splits
 from qcompile.codegen.devices.triton_overlap import begin
 from qcompile.codegen.devices.triton_text import Text, kernel_text
-from qcompile.codegen.devices.triton_tickets import memory_of_splits
 from qcompile.codegen.spec import KernelSpec
-from qcompile.codegen.tuning.triton import shape_for, tiles_across
+from qcompile.codegen.tuning.triton import FUSED, tiles_across
 from qcompile.errors import QCError
 from qcompile.ir.matmul import OUT_DTYPES
 from qcompile.ir.packing import ceil_div, packed_parts
@@ -44,14 +43,7 @@ def tiles_of_rows(m: int, experts: int, rows: int) -> int:
 @compat.chosen_once(maxsize=4096)
 def choose_grouped(spec: KernelSpec, n: tuple[int, ...], k: int, m: int, experts: int, device: torch.device) -> Tile:
     """How to cut a product: the shipped line for as many rows as an expert has where as many as possible have some."""
-    gpu = compat.gpu(device)
-    shape = shape_for(gpu.architecture, family(spec), ceil_div(m, min(m, experts)))
-    tile = cut(spec, shape, gpu.shared, gpu.architecture)
-    tiles = tiles_across(n, tile.columns, spec.paired) * tiles_of_rows(m, experts, tile.rows)
-    # Enough blocks for every multiprocessor, each with at least four iterations.
-    most = ceil_div(k, grouped_text(spec).layout.unit * tile.units) // 4
-    wanted = shape.waves * gpu.processors // tiles
-    return replace(tile, splits=1 << max(0, min(wanted, most, 16).bit_length() - 1))
+    return choose(spec, n, k, ceil_div(m, min(m, experts)), lambda rows: tiles_of_rows(m, experts, rows), FUSED, device)
 
 
 class Grouped:
@@ -74,7 +66,7 @@ class Grouped:
                 of each "mat" extra, and that of y.
             tile: how to cut the work, in place of the tuned choice; never with a weight that is decoded first.
         """
-        spec, segments, pointers = self.spec, self.spec.segments, self.text.pointers[1:-2]
+        spec, pointers = self.spec, self.text.pointers[1:-2]
         (m, k, ldx, *sizes) = rest[len(pointers) :]
         if m == 0:
             return
@@ -82,18 +74,14 @@ class Grouped:
             t.view(torch.int32) if name.startswith("W") else t
             for t, (name, _) in zip(rest[: len(pointers)], pointers, strict=True)
         ]
-        experts, n = operands[self.text.inputs - 1].numel(), sizes[:segments]
+        experts, n = operands[self.text.inputs - 1].numel(), sizes[: spec.segments]
         tile = fit(tile or choose_grouped(spec, tuple(n), k, m, experts, x.device), self.text.layout, k)
         tiles = tiles_across(n, tile.columns, spec.paired) * tiles_of_rows(m, experts, tile.rows)
-        work = counters = operands[-1]
-        if tile.splits > 1:
-            sums = segments if spec.paired else 1
-            work, counters = memory_of_splits(tiles, tile.splits * sums * tile.rows * tile.columns, x.device)
+        work = memory_of_splits(tiles, tile.splits, spec.sums * tile.rows * tile.columns, operands[-1])
         self.kernel[tiles, tile.splits](
-            x, *operands, work, counters, m, k, experts, ldx, *sizes,
-            BM=tile.rows, BN=tile.columns, KC=tile.units, SPLIT=tile.splits, STAGES=tile.stages,
-            EVEN=k % self.text.layout.unit == 0, NATURAL=tile.natural, EXPERTS=max(LEAST, 1 << (experts - 1).bit_length()),
-            num_warps=tile.warps, num_stages=tile.stages, **tile.limit, **begin(x.device),
+            x, *operands, *work, m, k, experts, ldx, *sizes,
+            EVEN=k % self.text.layout.unit == 0, EXPERTS=max(LEAST, 1 << (experts - 1).bit_length()),
+            **tile.constants, **tile.options, **begin(x.device),
         )  # fmt: skip
 
 
@@ -132,11 +120,11 @@ def run_grouped(
     for i, (extra, (kind, _)) in enumerate(zip(extras, spec.extras, strict=True)):
         if tuple(extra.shape) != shapes[kind]:
             raise _wrong(f"extra {i} ({kind})", extra, f"{list(shapes[kind])}")
-        operands.append(_dense(extra) if kind == "mat" else extra.contiguous())
+        operands.append(dense_rows(extra) if kind == "mat" else extra.contiguous())
         mats += [operands[-1].stride(0)] if kind == "mat" else []
     if m == 0:
         return y
-    inputs = (_dense(x),) if spec.act is None else quantize_input(x, spec=spec)
+    inputs = (dense_rows(x),) if spec.act is None else quantize_input(x, spec=spec)
     stacked = [part.contiguous() for part in parts]
     operands = [*inputs[1:], offs.contiguous(), *stacked, *operands, y]
     with compat.on(x.device):
@@ -169,11 +157,6 @@ def _wrong(name: str, given: torch.Tensor, wanted: str) -> QCError:
         why=f"a product with a weight for each expert takes {wanted}",
         next="sort rows by expert and stack the parts of the experts",
     )
-
-
-def _dense(t: torch.Tensor) -> torch.Tensor:
-    """A matrix whose rows are dense."""
-    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
 
 
 __all__ = ["Grouped", "choose_grouped", "grouped_text", "run_grouped", "tiles_of_rows"]

@@ -33,6 +33,7 @@ import torch
 
 from qcompile import compat
 from qcompile.codegen.devices.triton_lines import Layout, Lines
+from qcompile.codegen.tuning.triton import Tile
 from qcompile.errors import QCError
 from qcompile.ir.packing import ceil_div
 
@@ -101,19 +102,19 @@ def begin(device: torch.device) -> dict[str, Any]:
     return {"PDL": True, "launch_pdl": True} if early and can_overlap(architecture) else {"PDL": False}
 
 
-def begin_with_weights(device: torch.device, sums: int, units: int, stages: int) -> dict[str, Any]:
-    """The same of a kernel that reads weights: also its constant AHEAD."""
-    return begin(device) | {"AHEAD": ahead(sums, units, stages, (_chosen or _usual()).ahead)}
+def begin_with_weights(device: torch.device, tile: Tile) -> dict[str, Any]:
+    """The same of a matmul: also its constant AHEAD.
 
-
-def ahead(sums: int, units: int, stages: int, times: int = 1) -> int:
-    """How many units of the packing a block asks L2 for: those in the pipeline, as the next power of two.
-
-    Args:
-        sums: of a tile, its rows times its columns; more than SMALL ask for nothing, as registers are scarce there.
-        units: of an iteration. stages: of the pipeline. times: so many pipelines.
+    Only a matmul asks for something before it waits. Which weights or pages kernels of experts and of attention read, OFFS and
+    the table say, which a kernel before may write; and a rotation reads one matrix of 32 KB at most, the same in all blocks.
     """
-    wanted = units * stages * times if sums <= SMALL else 0
+    return begin(device) | {"AHEAD": ahead(tile, (_chosen or _usual()).ahead)}
+
+
+def ahead(tile: Tile, times: int = 1) -> int:
+    """How many units of the packing a block asks L2 for: those in so many pipelines, as the next power of two. Tiles of more
+    than SMALL sums ask for nothing, as registers are scarce there."""
+    wanted = tile.units * tile.stages * times if tile.rows * tile.columns <= SMALL else 0
     return 1 << (wanted - 1).bit_length() if wanted else 0
 
 

@@ -23,6 +23,7 @@ import torch
 
 from qcompile import compat
 from qcompile.codegen.devices.triton_bounds import ROUNDOFF, SMALLEST, UNIT, Expected, gamma
+from qcompile.codegen.devices.triton_launch import dense_rows
 from qcompile.codegen.devices.triton_overlap import begin
 from qcompile.codegen.devices.triton_text import template
 from qcompile.codegen.registry import Verdict
@@ -232,8 +233,7 @@ def rotate(
     y = torch.empty(x.shape, dtype=OUT_DTYPES[rotation.y], device=x.device)
     if y.numel() == 0:
         return y
-    rows = x.reshape(-1, k)
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    rows = dense_rows(x)
     with compat.on(x.device):
         Rotate(rotation)(rows, *([] if signs is None else [signs]), y, len(rows), k, rows.stride(0), tile=tile)
     return y

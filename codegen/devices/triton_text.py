@@ -69,19 +69,6 @@ def octets(words):
     """The four bytes of 32-bit words, the lowest first, in two new last dimensions."""
     even = tl.join(words.to(tl.int8), (words >> 16).to(tl.int8))
     return tl.join(even, tl.join((words >> 8).to(tl.int8), (words >> 24).to(tl.int8)))''',
-    "of_rows": '''@triton.jit
-def of_rows(pointer, at):
-    """A number for each row of x. Triton lets a thread load all that it needs of less than 256, which is 32 and more; of 256
-    threads load one each and share them."""
-    if at.shape[0] >= 256:
-        return tl.load(pointer + at)
-    at = tl.join(at, at)
-    if at.shape[0] >= 128:
-        found, again = tl.split(tl.load(pointer + at))
-        return found
-    found, again = tl.split(tl.load(pointer + tl.join(at, at)))
-    found, again = tl.split(found)
-    return found''',
 }
 
 

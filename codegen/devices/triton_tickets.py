@@ -58,11 +58,6 @@ def tickets(count: int, device: torch.device) -> torch.Tensor:
         return kept
 
 
-def memory_of_splits(tiles: int, size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """What blocks that share a sum need: memory for their parts of it, `size` fp32 for each tile, and `tickets`."""
-    return torch.empty(tiles * size, dtype=torch.float32, device=device), tickets(tiles, device)
-
-
 def _zeros(count: int, device: torch.device) -> torch.Tensor:
     return torch.zeros(count, dtype=torch.int32, device=device)
 
@@ -77,4 +72,4 @@ def _cut(count: int, device: torch.device) -> torch.Tensor | None:
     return slab.zeros[slab.used - length : slab.used]
 
 
-__all__ = ["memory_of_splits", "tickets"]
+__all__ = ["tickets"]

@@ -51,9 +51,22 @@ class Tile:
     registers: int = 0
 
     @property
-    def limit(self) -> dict[str, int]:
-        """The launch option that says `registers`."""
-        return {"maxnreg": self.registers} if self.registers else {}
+    def constants(self) -> dict[str, int]:
+        """Of a fused kernel, what the tile decides."""
+        return {
+            "BM": self.rows,
+            "BN": self.columns,
+            "KC": self.units,
+            "SPLIT": self.splits,
+            "STAGES": self.stages,
+            "NATURAL": self.natural,
+        }
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Of a launch, what the tile decides."""
+        limit = {"maxnreg": self.registers} if self.registers else {}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
 
 def tiles_across(n: Sequence[int], columns: int, paired: bool) -> int:

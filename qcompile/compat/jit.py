@@ -174,10 +174,38 @@ def for_ever(make: Callable[[], torch.Tensor], device: torch.device) -> torch.Te
         return pool.submit(work).result()
 
 
-def mm_float32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """A product of 16-bit floats, its sums in fp32."""
-    if a.device.type == "cuda":
-        return torch.mm(a, b, out_dtype=torch.float32)
+# Settings of `torch.backends.cuda.matmul` by which the library may add in 16 bits: parts of a split sum, all of a sum.
+_SHORT_SUMS = {
+    torch.float16: ("allow_fp16_reduced_precision_reduction", "allow_fp16_accumulation"),
+    torch.bfloat16: ("allow_bf16_reduced_precision_reduction",),
+}
+_SETTING = threading.RLock()  # of two threads that set and restore, the second would restore what the first has set
+
+
+@contextmanager
+def _float32_sums(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, libraries add products of a 16-bit type in fp32. They ask when a product is launched or recorded, not when it
+    runs; products that other threads launch meanwhile are added in fp32 as well."""
+    settings = torch.backends.cuda.matmul
+    with _SETTING:
+        changed = [name for name in _SHORT_SUMS[dtype] if getattr(settings, name)]
+        try:
+            for name in changed:
+                setattr(settings, name, False)
+            yield
+        finally:
+            for name in changed:
+                setattr(settings, name, True)
+
+
+def mm_float32(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """A product of 16-bit floats, `[m, k]` and `[k, n]`, with sums in fp32 whatever torch's settings allow: as fp32, or rounded
+    once, to `out`, `[m, n]` of the operands' type."""
+    with _float32_sums(a.dtype):
+        if out is not None:
+            return torch.mm(a, b, out=out)
+        if a.device.type == "cuda":
+            return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
 
 

@@ -115,7 +115,7 @@ def pack_codes(codes: Tensor, bits: int, packing: str = "tile16") -> Tensor:
     Args:
         codes: uint8 `[N, K]`, each below `2**bits` (higher bits are dropped); any strides.
         bits: 1 to 8.
-        packing: `tile16` or `rows`.
+        packing: `tile16`, `mma16`, `mma8` or `rows`.
 
     Returns:
         uint8 of `packed_shape(bits, N, K, packing)`, contiguous.

@@ -19,18 +19,16 @@ pytest.importorskip("triton", reason="triton is not installed: torch's builds fo
 from qcompile import compat
 from qcompile.codegen.devices import triton
 from qcompile.codegen.devices.triton import Tile, choose_tile, family, run
-from qcompile.codegen.devices.triton_bounds import expected
 from qcompile.codegen.devices.triton_decoded import Octets, cut_own, ways
 from qcompile.codegen.devices.triton_lines import Layout
 from qcompile.codegen.devices.triton_numbers import Bytes, why_no_bytes
-from qcompile.codegen.spec import KernelSpec
 from qcompile.codegen.tuning.triton import shape_for
 from qcompile.ir.codec import quantize
 from qcompile.ir.formats import FORMATS
 from qcompile.ir.matmul import OUT_DTYPES
 from qcompile.ir.packing import unpack_codes
 from qcompile.testing.interpret import interpret
-from tests.codegen.test_triton_kernel import BYTES, allowed, spec_of, weight
+from tests.codegen.products import BYTES, check, check_pair, check_segments, spec_of, weight
 
 # With 8 warps a block for each of 8 processors, as the interpreter has them: more tiles than blocks from 70 x 40 on.
 OWN = [
@@ -49,11 +47,6 @@ def interpreter() -> Iterator[None]:
         yield
 
 
-def within(y: Tensor, spec: KernelSpec, x: Tensor, parts: list[Tensor], n: int, k: int) -> bool:
-    want = expected(spec, x, parts, n, k)
-    return bool(((y.double() - want.value).abs() <= allowed(want.value, want.bound, spec.y)).all())
-
-
 @pytest.mark.parametrize(("scheme", "act"), BYTES)
 @settings(max_examples=3, deadline=None, derandomize=True)
 @given(
@@ -70,8 +63,7 @@ def test_product_of_our_own(scheme: str, act: str, x: str, tile: Tile, m: int, n
     torch.manual_seed(seed)
     values = torch.randn(m, k).to(OUT_DTYPES[x])
     values[m // 2] = 0
-    y = run(spec, values, parts, [], [n], k, tile)
-    assert within(y, spec, values, parts, n, k)
+    y = check(spec, values, parts, n, k, tile)
     assert (y[m // 2] == 0).all()
 
 
@@ -89,7 +81,7 @@ def test_product_of_a_library(scheme: str, act: str, x: str, m: int, n: int, k: 
     parts = quantize(weight(n, k, seed), spec.weight)
     torch.manual_seed(seed)
     values = torch.randn(m, k).to(OUT_DTYPES[x])
-    assert within(run(spec, values, parts, [], [n], k, VENDOR), spec, values, parts, n, k)
+    check(spec, values, parts, n, k, VENDOR)
 
 
 @pytest.mark.parametrize("tile", [*OWN, VENDOR], ids=str)
@@ -135,22 +127,7 @@ def test_decoded_bytes_are_what_the_fused_kernel_multiplies(name: str, operand: 
 @pytest.mark.parametrize("tile", [*OWN, VENDOR], ids=str)
 @pytest.mark.parametrize(("scheme", "act"), [("uint4/axis0:fp32+z", "int8/token"), ("int4/axis0", "e4m3/token")])
 def test_segments_and_extras(scheme: str, act: str, tile: Tile) -> None:
-    """Merged segments whose boundaries lie inside tiles, and both kinds of extras."""
-    n, k, m = (21, 40, 3), 260, 35
-    spec = spec_of(
-        scheme, "bf16", act=act, segments=3, epilogue="acc*0.5+e0-e1", extras=(("row", "f32"), ("mat", "bf16"))
-    )
-    torch.manual_seed(1)
-    x = torch.randn(m, k).bfloat16()
-    parts = [quantize(weight(size, k, i), spec.weight) for i, size in enumerate(n)]
-    extras = [torch.randn(sum(n)), torch.randn(m, sum(n) + 3).bfloat16()[:, : sum(n)]]
-    y = run(spec, x, [p for part in parts for p in part], extras, n, k, tile)
-    each = [expected(spec, x, part, size, k) for part, size in zip(parts, n, strict=True)]
-    acc, bound = torch.cat([e.value for e in each], 1), torch.cat([e.bound for e in each], 1)
-    want = acc * 0.5 + extras[0].double() - extras[1].double()
-    # three roundings to fp32 in the epilogue
-    bound = bound + 3 * 2.0**-24 * (acc.abs() + extras[0].abs() + extras[1].double().abs() + bound)
-    assert ((y.double() - want).abs() <= allowed(want, bound, "bf16")).all()
+    check_segments(scheme, "bf16", 35, tile, act)
 
 
 @pytest.mark.parametrize(
@@ -163,20 +140,7 @@ def test_segments_and_extras(scheme: str, act: str, tile: Tile) -> None:
     ],
 )
 def test_pairs(scheme: str, act: str, tile: Tile) -> None:
-    """silu(a0) * a1 + e0: |silu'| < 1.1, so the error is at most 1.1 |a1| b0 + |silu(a0)| b1 + 1.1 b0 b1, and roundings."""
-    n, k, m = 37, 260, 35
-    spec = spec_of(scheme, "bf16", act=act, segments=2, epilogue="silu(a0)*a1+e0", extras=(("mat", "bf16"),))
-    torch.manual_seed(2)
-    x, extra = torch.randn(m, k).bfloat16(), torch.randn(m, n).bfloat16()
-    parts = [quantize(weight(n, k, i), spec.weight) for i in (3, 4)]
-    y = run(spec, x, [p for part in parts for p in part], [extra], [n, n], k, tile)
-    a, b = (expected(spec, x, part, n, k) for part in parts)
-    silu = torch.nn.functional.silu(a.value)
-    want = silu * b.value + extra.double()
-    error = 1.1 * b.value.abs() * a.bound + silu.abs() * b.bound + 1.1 * a.bound * b.bound
-    # silu is good to 4 units (3 of the sigmoid, 1 of the product); then one product and one sum
-    error = error + 6 * 2.0**-23 * (silu * b.value).abs() + 2.0**-23 * want.abs()
-    assert ((y.double() - want).abs() <= allowed(want, error, "bf16")).all()
+    check_pair(scheme, "bf16", 35, tile, act)
 
 
 @pytest.mark.parametrize(("scheme", "act"), [("e4m3/axis0", "e4m3/token"), ("int8/axis0", "int8/token")])
@@ -194,7 +158,7 @@ def test_a_library_gets_what_it_takes(scheme: str, act: str, n: int, monkeypatch
     made = getattr(compat, name)
     monkeypatch.setattr(compat, name, noted)
     x, parts = torch.randn(20, k).bfloat16(), quantize(weight(n, k, 0), spec.weight)
-    assert within(run(spec, x, parts, [], [n], k, VENDOR), spec, x, parts, n, k)
+    check(spec, x, parts, n, k, VENDOR)
     ((a, b, scales, out),) = called
     assert (a.shape[1] % 16, b.shape[0] % 16, b.shape[1] % 16) == (0, 0, 0)
     assert (a.stride(1), b.stride(0)) == (1, 1)

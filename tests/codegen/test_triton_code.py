@@ -56,26 +56,15 @@ IN_REGISTERS = {"sm_80", "sm_86", "sm_89", "sm_90", "sm_120"}
 def build(spec: KernelSpec, tile: Tile, *targets: str) -> dict[str, Report]:
     text = text_of(spec)
     signature = {name: f"*{kind}" for name, kind in text.pointers} | dict.fromkeys(text.sizes, "i32")
-    constants = {
-        "BM": tile.rows,
-        "BN": tile.columns,
-        "KC": tile.units,
-        "SPLIT": tile.splits,
-        "STAGES": tile.stages,
-        "NATURAL": tile.natural,
-        "EVEN": True,
-    }
     reports = {}
     for early in sorted({can_overlap(target) for target in targets}):
         reports |= compile_kernel(
             compat.triton_kernel(text.source),
             signature,
-            constants | {"PDL": early, "AHEAD": ahead(tile.rows * tile.columns, tile.units, tile.stages)},
+            tile.constants | {"EVEN": True, "PDL": early, "AHEAD": ahead(tile)},
             targets=[target for target in targets if can_overlap(target) == early],
             aligned=set(signature) - {"M"},
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-            **tile.limit,
+            **tile.options,
         )
     return reports
 

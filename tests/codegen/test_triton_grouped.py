@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="triton is not installed: torch's builds fo
 
 from qcompile import compat
 from qcompile.codegen.devices.triton import Tile, TritonLowering, cut, family, fit, run, text_of
-from qcompile.codegen.devices.triton_bounds import ROUNDOFF, SMALLEST, Expected, expected
+from qcompile.codegen.devices.triton_bounds import Expected, expected
 from qcompile.codegen.devices.triton_grouped import Grouped, choose_grouped, grouped_text, run_grouped, tiles_of_rows
 from qcompile.codegen.devices.triton_overlap import can_overlap
 from qcompile.codegen.devices.triton_text import Text
@@ -29,9 +29,9 @@ from qcompile.codegen.tuning.triton import shapes
 from qcompile.errors import QCError
 from qcompile.ir.codec import quantize
 from qcompile.ir.matmul import OUT_DTYPES
-from qcompile.ir.scheme import Scheme
 from qcompile.testing.compile_for import TARGETS, Report, compile_kernel
 from qcompile.testing.interpret import interpret
+from tests.codegen.products import allowed, spec_of
 
 # Every way that scales meet codes, every kind of scale and zero, nesting, planes; then bytes.
 SCHEMES = [
@@ -64,11 +64,6 @@ TILES = [
 ]
 
 
-def spec_of(weight: str, x: str = "f16", act: str = "", **more: object) -> KernelSpec:
-    scheme = Scheme.parse(f"{weight}@{'mma8' if act else 'mma16'}")
-    return KernelSpec(scheme, Scheme.parse(act) if act else None, **{"x": x, "y": x, **more})  # type: ignore[arg-type]
-
-
 def weights(spec: KernelSpec, experts: int, n: int, k: int, seed: int) -> list[list[Tensor]]:
     """The parts of each expert."""
     generator = torch.Generator().manual_seed(seed)
@@ -98,11 +93,6 @@ def reference(
         return torch.stack((found.value, found.bound), 1)
 
     return Expected(*of_experts(counts, product).unbind(1))
-
-
-def allowed(want: Tensor, bound: Tensor, dtype: str) -> Tensor:
-    """The sums' bound and the rounding to the result's type."""
-    return bound + ROUNDOFF[dtype] * (want.abs() + bound) + SMALLEST[dtype]
 
 
 ROUTINGS = st.lists(st.integers(0, 20), min_size=1, max_size=4).filter(any) | st.sampled_from(
@@ -286,17 +276,13 @@ MMA = {"sm_80": ("HMMA", "IMMA"), "sm_90": ("HGMMA", "IGMMA"), "gfx942": ("v_mfm
 
 def build(text: Text, tile: Tile, target: str, **constants: object) -> Report:
     signature = {name: f"*{kind}" for name, kind in text.pointers} | dict.fromkeys(text.sizes, "i32")
-    constants |= {"BM": tile.rows, "BN": tile.columns, "KC": tile.units, "SPLIT": tile.splits}
-    constants |= {"STAGES": tile.stages, "NATURAL": tile.natural}
     (report,) = compile_kernel(
         compat.triton_kernel(text.source),
         signature,
-        constants | {"EVEN": True, "PDL": can_overlap(target)},
+        tile.constants | constants | {"EVEN": True, "PDL": can_overlap(target)},
         targets=[target],
         aligned=set(signature) - {"M", "experts"},
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        **tile.limit,
+        **tile.options,
     ).values()
     return report
 

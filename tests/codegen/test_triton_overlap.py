@@ -301,16 +301,15 @@ def built(text: str | Text, pointers: dict[str, str], sizes: list[str], target: 
 
 
 def matmul(target: str, text: Text, **more: Any) -> Report:
-    sizes = {"BM": 16, "BN": 64, "KC": 1, "SPLIT": 4, "STAGES": 3, "EVEN": True, "NATURAL": True}
-    more |= {} if "EXPERTS" in more else {"AHEAD": ahead(16 * 64, 1, 3)}
-    return built(text, dict(text.pointers), list(text.sizes), target, **sizes, **more)
+    tile = Tile(splits=4)
+    more |= {} if "EXPERTS" in more else {"AHEAD": ahead(tile)}
+    return built(text, dict(text.pointers), list(text.sizes), target, EVEN=True, **tile.constants, **more)
 
 
 def attention(target: str) -> Report:
     text = attention_text(AttentionSpec(CacheLayout.of("int8/token:fp16", 128), "bf16"))
     natural = block_for(CacheLayout.of("int8/token:fp16", 128), target, 99 * 1024).natural
-    sizes = [*text.sizes, "scale"]
-    return built(text.source, dict(text.pointers), sizes, target, NH=8, NATURAL=natural, STAGES=2)
+    return built(text.source, dict(text.pointers), [*text.sizes, "scale"], target, NH=8, NATURAL=natural, STAGES=2)
 
 
 def rotation(target: str) -> Report:
@@ -376,12 +375,12 @@ def test_what_a_launch_says(architecture: str, early: bool, monkeypatch: pytest.
     """The constant and the option, always both: a kernel that began early and did not wait would read what is not there."""
     monkeypatch.setattr(compat, "architecture", lambda _: architecture)
     assert begin(CUDA) == ({"PDL": True, "launch_pdl": True} if early else {"PDL": False})
-    assert begin_with_weights(CUDA, 1024, 2, 3) == begin(CUDA) | {"AHEAD": 8}
-    assert begin_with_weights(CUDA, 8192, 2, 3) == begin(CUDA) | {"AHEAD": 0}
+    assert begin_with_weights(CUDA, Tile(16, 64, units=2)) == begin(CUDA) | {"AHEAD": 8}
+    assert begin_with_weights(CUDA, Tile(64, 128, units=2)) == begin(CUDA) | {"AHEAD": 0}
     with overlapping(Overlap(early=False)):
         assert begin(CUDA) == {"PDL": False}
     with overlapping(Overlap(ahead=0)):
-        assert begin_with_weights(CUDA, 1024, 2, 3) == begin(CUDA) | {"AHEAD": 0}
+        assert begin_with_weights(CUDA, Tile(16, 64, units=2)) == begin(CUDA) | {"AHEAD": 0}
         assert begin(CPU) == {"PDL": True}
     assert begin(CPU) == {"PDL": False}
 
