@@ -16,7 +16,7 @@ from qcompile.errors import QCError
 from qcompile.ir.packing import pack_codes, unpack_codes
 from qcompile.testing.exact_products import exact_product
 from qcompile.testing.interpret import interpret
-from tests.codegen.test_triton_kernel import BYTES, SCHEMES, TILES, spec_of
+from tests.codegen.products import BYTES, SCHEMES, TILES, spec_of
 
 K = 8190  # no tile, group or unit divides it
 # Half of the formats with each way that scales meet them, and every kind of scale, zero and nesting.
