@@ -32,7 +32,7 @@ test: $(STAMP) ## run the tests (ARGS="-k name" picks some)
 # The Triton that torch 2.11 comes with, beside the one of the environment.
 test-triton36: $(STAMP) ## run the tests of Triton kernels with triton 3.6
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/triton36 triton==3.6.0
-	PYTHONPATH=$(VENV)/triton36 $(BIN)/python -m pytest -n $(JOBS) --durations=5 tests/codegen/test_triton_*.py tests/codegen/test_random.py tests/testing tests/e2e/test_triton.py tests/test_bench_gpu.py $(ARGS)
+	PYTHONPATH=$(VENV)/triton36 $(BIN)/python -m pytest -n $(JOBS) --durations=5 tests/codegen/test_triton_*.py tests/codegen/test_random.py tests/testing tests/e2e/test_triton.py tests/e2e/test_new_format.py tests/test_bench_gpu.py $(ARGS)
 
 fuzz: $(STAMP) ## look for wrong kernels and passes for SECONDS=120, on other problems each time (all kinds: 60 at least)
 	$(BIN)/python tests/fuzz.py --seconds $(SECONDS)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def arrange() -> None:
     """Register the operators, or see to it that they are when torch is imported."""
     if "torch" in sys.modules:
-        _register()
+        _try_to_register()
     elif not any(type(finder).__module__ == __name__ for finder in sys.meta_path):
         sys.meta_path.insert(0, _Waiting())
 
@@ -48,13 +48,17 @@ class _Waiting(MetaPathFinder):
                 run(module)
                 if self in sys.meta_path:
                     sys.meta_path.remove(self)
-                try:
-                    _register()
-                except Exception as error:  # a torch that lacks something: `qcompile doctor` has more to say about it
-                    warn(f"the operators torch.ops.qcompile.* are not there: {type(error).__name__}: {error}")
+                _try_to_register()
 
             loader.exec_module = exec_module
         return spec
+
+
+def _try_to_register() -> None:
+    try:
+        _register()
+    except Exception as error:  # a torch that lacks something: `qcompile doctor` has more to say about it
+        warn(f"the operators torch.ops.qcompile.* are not there: {type(error).__name__}: {error}")
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from qcompile import compat
 from qcompile.codegen import inductor
 from qcompile.codegen.spec import KernelSpec
 from qcompile.errors import QCError, warn
@@ -62,7 +63,7 @@ class _Verified:
             # The interpreter runs on copies: the graph may write to its inputs.
             copies = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
             checker = _Checker(gm, ctx)
-            with reference_only():
+            with reference_only(), compat.float32_sums():
                 checker.run(*copies)
             if not self.backward:
                 _report(checker.compared, ctx)

@@ -12,9 +12,10 @@ import random
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qcompile.backend import DEFAULT_PASSES
+from qcompile.errors import QCError
 from qcompile.testing.fuzz import fuzz
 from qcompile.testing.graphs import models
 from qcompile.testing.strategies import schemes
@@ -62,6 +63,58 @@ def kernels(number: int) -> int:
         return fuzz(kernel, given, examples=50, start=number)
 
 
+def products(number: int) -> int:
+    """Matmuls of every kind on sums without a rounding, to the last bit: bytes by floats and by bytes, all ways and tiles."""
+    import torch
+
+    from qcompile.codegen.devices.triton import Tile, TritonLowering, packing, run
+    from qcompile.codegen.devices.triton_decoded import ways
+    from qcompile.codegen.spec import KernelSpec
+    from qcompile.ir.formats import FORMATS
+    from qcompile.ir.scheme import Scheme
+    from qcompile.testing.exact_products import exact_product
+    from qcompile.testing.interpret import interpret
+
+    draw, tried = random.Random(number), 0
+    acts = [
+        "",
+        "",
+        "int8/token",
+        "e4m3/token",
+        "uint8/token:fp32+z",
+        "int8/g256:fp32",
+        "e4m3/g128:fp32",
+        "int8/tensor:fp32",
+    ]
+    with interpret():
+        while tried < 20:
+            name, act = draw.choice(list(FORMATS)), draw.choice(acts)
+            zero = draw.choice(["", "+z"]) if name.startswith("uint") else ""
+            group = draw.choice([f"axis0:fp32{zero}", f"g{draw.choice([32, 64, 128, 256, 512])}:fp16{zero}"])
+            activation = Scheme.parse(act) if act else None
+            weight = Scheme.parse(f"{name}/{group}@{packing(activation)}")
+            pair = {"segments": 2, "epilogue": "a0+a1"} if draw.random() < 0.3 else {}
+            spec = KernelSpec(weight, activation, x=draw.choice(["f16", "bf16"]), y="f32", **pair)
+            if not TritonLowering().supports(spec):
+                continue
+            m, n, k = draw.randint(1, 40), draw.randint(1, 80), draw.randint(2, 2048)
+            rows, columns, units = draw.choice([16, 32, 64]), draw.choice([16, 32, 64]), draw.choice([1, 2, 4])
+            way, natural = draw.choice(ways(spec)), draw.random() < 0.5
+            tma, flat, depth = draw.random() < 0.5, draw.random() < 0.5, draw.choice([64, 128])
+            tile = Tile(rows, columns, units, draw.randint(1, 4), 3, 4, way, depth, tma, flat, natural)
+            told = f"round {number}, problem {tried}: {spec}, m={m} n={n} k={k}, {tile}"
+            try:
+                problem = exact_product(replace(spec, segments=1, epilogue=""), m, n, k, number)
+            except QCError:  # some sizes leave no room
+                continue
+            parts = [*problem.parts] * spec.segments
+            y = run(spec, problem.x, parts, [], [n] * spec.segments, k, tile)
+            want = problem.want * spec.segments  # twice a number that is exact
+            assert torch.equal(y, want), f"{told}: {int((y != want).sum())} of {y.numel()} elements are wrong"
+            tried += 1
+    return tried
+
+
 def passes(stage: str) -> Callable[[int], int]:
     """The passes of a stage, one after the other, on random models; another recipe each time."""
 
@@ -97,8 +150,9 @@ class Kind:
 
 
 KINDS = {
-    "kernels": Kind("problems for kernels", 0.4, kernels, "triton"),
-    "dynamo": Kind("models for the passes on Dynamo's graphs", 0.3, passes("dynamo")),
+    "kernels": Kind("problems for kernels", 0.25, kernels, "triton"),
+    "products": Kind("products without a rounding", 0.2, products, "triton"),
+    "dynamo": Kind("models for the passes on Dynamo's graphs", 0.25, passes("dynamo")),
     "post": Kind("models for the passes on functional graphs", 0.15, passes("post")),
     "compiled": Kind("models compiled with every kernel verified", 0.15, compiled),
 }

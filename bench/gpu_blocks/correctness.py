@@ -16,6 +16,7 @@ import torch
 from gpu_blocks.matmuls import compile_job, rounded, spec_of, sums_of
 from gpu_blocks.other_kernels import Case, caches, experts, rotations
 from gpu_blocks.session import Session
+from qcompile import compat
 from qcompile.codegen.devices.triton import Tile, TritonLowering
 from qcompile.codegen.devices.triton import run as launch
 from qcompile.codegen.devices.triton_bounds import ROUNDOFF, SMALLEST, expected
@@ -62,7 +63,8 @@ def run(session: Session) -> None:
 
 
 def _case(session: Session, named: Mapping[str, Case], errors: dict[str, float], config: dict[str, Any]) -> None:
-    errors[config["case"]] = error = named[config["case"]].error(session.device.torch)
+    with compat.float32_sums():
+        errors[config["case"]] = error = named[config["case"]].error(session.device.torch)
     if not error <= 1:
         session.say(f"    WRONG {config['case']}: {error:.3g} times the bound")
     session.record(config, {"error": error}, ok=error <= 1)

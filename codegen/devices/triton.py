@@ -226,9 +226,11 @@ def plan(spec: KernelSpec, n: tuple[int, ...], k: int, m: int, device: torch.dev
 
 
 def cut(spec: KernelSpec, shape: Shape, shared: int, architecture: str = "") -> Tile:
-    """The tile of a line of the table, with fewer stages or rows where `shared` bytes or the registers do not hold them."""
+    """The tile of a line of the table, with fewer stages, rows or columns where `shared` bytes or the registers do not hold
+    them."""
     if shape.way == "own":
         return cut_own(spec, shape, shared, architecture)
+    shape = _for_pairs(spec, shape, architecture) if spec.paired else shape
     layout, element = text_of(spec).layout, 1 if spec.act is not None else OUT_DTYPES[spec.x].itemsize
     units, rows = max(1, shape.depth // layout.unit), shape.rows
     codes = shape.columns * spec.weight.format.bits // 8 * spec.sums
@@ -249,6 +251,24 @@ def cut(spec: KernelSpec, shape: Shape, shared: int, architecture: str = "") -> 
     registers = shape.registers if architecture.startswith("sm_") else 0
     order = natural(architecture)
     return Tile(rows, shape.columns, units, 1, stages, shape.warps, shape.way, natural=order, registers=registers)
+
+
+def _for_pairs(spec: KernelSpec, shape: Shape, architecture: str) -> Shape:
+    """A line of the table for two sums, and two weights on their way: the largest tiles that were found to spill nothing."""
+    layout = Layout.of(spec.weight, spec.act)
+    wide = layout.unit >= 512  # odd widths are decoded 512 columns at a time
+    if architecture.startswith("gfx"):
+        return replace(shape, columns=64, warps=4) if shape.columns > 64 else shape
+    if architecture in ("", "sm_90"):
+        return replace(shape, rows=min(shape.rows, 32 if wide and 0 < layout.group < layout.unit else 64))
+    if architecture == "sm_100":  # sums of floats lie in a memory of their own, operands in shared memory
+        return replace(shape, rows=min(shape.rows, 32 if layout.unit > 128 else 64))
+    # Instructions that read both operands from registers.
+    if spec.act is not None or spec.weight.format.bits == 8:
+        return replace(shape, rows=min(shape.rows, 32 if wide else 64))
+    if wide:
+        return replace(shape, rows=min(shape.rows, 16), columns=min(shape.columns, 64), stages=2, warps=4)
+    return replace(shape, rows=min(shape.rows, 32))
 
 
 @functools.lru_cache(maxsize=512)

@@ -107,10 +107,10 @@ def decode_attention(
     block = block or choose_block(layout, blocks, table.shape[1], q.device)
     columns = HEADS if group > HEADS // 2 else HEADS // 2
     text = text_of(AttentionSpec(layout, DTYPES[q.dtype]))
-    # The sums of each split, its maximum and its sum of probabilities.
-    work = memory_of_splits(blocks, block.splits, columns * (text.rows + 2), lengths)
     exponent = (dim**-0.5 if scale is None else scale) * math.log2(math.e)
     with compat.on(q.device):
+        # The sums of each split, its maximum and its sum of probabilities.
+        work = memory_of_splits(blocks, block.splits, columns * (text.rows + 2), lengths)
         compat.triton_kernel(text.source)[blocks, block.splits](
             q, *(part.view(torch.int32) for part in cache.parts), table, lengths, y, *work, exponent,
             kv, group, chunks, table.shape[1], table.stride(0), q.stride(0), q.stride(1), y.stride(0), y.stride(1),

@@ -16,8 +16,8 @@ and Pranesh, Numerical behavior of NVIDIA tensor cores, 2021, section 4); the in
   before they are subtracted. The instructions of sm_90 add e4m3 with 13 bits after the leading one of the largest term,
   not 23 (DeepSeek-V3 Technical Report, 2024, section 3.3.2), so 33 cuts for each of them; every iteration, of 128 columns or
   a unit, brings its sums to fp32.
-* Sums of floats: one rounding per k, one per step and unit, one with each group's scale, split and the row's scale. Libraries
-  are made to add in fp32 as well, in any order (`compat.mm_float32`).
+* Sums of floats: one rounding per k, one per step and unit, one with each group's scale, split and the row's scale. So do
+  libraries, in any order, inside of `compat.float32_sums`.
 
 Below the normal numbers a rounded operand is off by up to half the smallest subnormal number of its type.
 """

@@ -9,18 +9,21 @@ the process, and are filled once:
   time, on any streams. What a graph is given is never given to another one, even after it: some hundred bytes for a call.
 
 No slab is made while a graph is recorded, as its memory would be the graph's, and its zeros written by a replay; there, a
-call that finds no room is recorded with a fill of its own. And a slab is made in another thread: torch lets a thread that
-warms up a graph allocate from the graph's memory only, and what stays there is an error.
+call that finds no room is recorded with a fill of its own, and a warning says so once. Any call that is not recorded makes
+room, before there is little left: who warms up before each recording never sees a fill. And a slab is made in another thread:
+torch lets a thread that warms up a graph allocate from the graph's memory only, and what stays there is an error.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 from dataclasses import dataclass
 
 import torch
 
 from qcompile import compat
+from qcompile.errors import warn
 from qcompile.ir.packing import ceil_div
 
 SLAB = 1 << 20  # counters of a slab, 4 MB
@@ -33,10 +36,16 @@ class _Slab:
     zeros: torch.Tensor
     used: int = 0
 
+    @property
+    def left(self) -> int:
+        """Counters that nobody has."""
+        return self.zeros.numel() - self.used
+
 
 _LOCK = threading.Lock()
 _SLABS: dict[torch.device, _Slab] = {}
 _OF_STREAM: dict[tuple[torch.device, int], torch.Tensor] = {}
+_KEPT: list[torch.Tensor] = []  # every slab: a recorded graph knows its counters by their address only
 
 
 def tickets(count: int, device: torch.device) -> torch.Tensor:
@@ -44,18 +53,31 @@ def tickets(count: int, device: torch.device) -> torch.Tensor:
     with _LOCK:
         if compat.capturing(device):
             found = _cut(count, device)
-            return torch.zeros(count, dtype=torch.int32, device=device) if found is None else found
+            if found is None:
+                _warn_filled()
+                return _zeros(count, device)
+            return found
         key = (device, compat.stream(device))
-        kept = _OF_STREAM.get(key)
+        kept, wanted = _OF_STREAM.get(key), 0
         if kept is None or kept.numel() < count:
-            wanted = max(2 * count, LEAST)
+            kept, wanted = None, max(2 * count, LEAST)
+        slab = _SLABS.get(device)
+        if slab is None or slab.left < max(wanted, SLAB // 2):
+            slab = _SLABS[device] = _Slab(compat.for_ever(lambda: _zeros(max(SLAB, 2 * wanted), device), device))
+            _KEPT.append(slab.zeros)
+        if kept is None:
             kept = _cut(wanted, device)
-            if kept is None:
-                _SLABS[device] = _Slab(compat.for_ever(lambda: _zeros(max(SLAB, wanted), device), device))
-                kept = _cut(wanted, device)
             assert kept is not None
             _OF_STREAM[key] = kept
         return kept
+
+
+@functools.cache
+def _warn_filled() -> None:
+    warn(
+        "a recorded graph fills counters of its own, which takes a kernel in every replay: call the function once outside of "
+        "the recording, right before it"
+    )
 
 
 def _zeros(count: int, device: torch.device) -> torch.Tensor:
@@ -66,7 +88,7 @@ def _cut(count: int, device: torch.device) -> torch.Tensor | None:
     """The next counters of a device's slab, None where it has not so many."""
     slab = _SLABS.get(device)
     length = ceil_div(count, LINE) * LINE
-    if slab is None or slab.used + length > slab.zeros.numel():
+    if slab is None or slab.left < length:
         return None
     slab.used += length
     return slab.zeros[slab.used - length : slab.used]

@@ -2,7 +2,8 @@
 
 `triton.json` holds a few lines for each family of kernels. "default" serves every architecture without its own. None of
 them was timed on a GPU yet: they follow from the arithmetic of registers, shared memory and bytes in flight, and from
-what the compiled kernels show (no spills, 16-byte loads, tensor-core instructions).
+what the compiled kernels show (no spills, 16-byte loads, tensor-core instructions). Kernels of pairs take smaller tiles, see
+`devices.triton.cut`.
 """
 
 from __future__ import annotations

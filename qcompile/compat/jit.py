@@ -148,7 +148,10 @@ def stream(device: torch.device) -> int:
 
 def capturing(device: torch.device) -> bool:
     """Whether work for a device is recorded into a CUDA graph, and not run."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:
@@ -175,38 +178,39 @@ def for_ever(make: Callable[[], torch.Tensor], device: torch.device) -> torch.Te
 
 
 # Settings of `torch.backends.cuda.matmul` by which the library may add in 16 bits: parts of a split sum, all of a sum.
-_SHORT_SUMS = {
-    torch.float16: ("allow_fp16_reduced_precision_reduction", "allow_fp16_accumulation"),
-    torch.bfloat16: ("allow_bf16_reduced_precision_reduction",),
-}
-_SETTING = threading.RLock()  # of two threads that set and restore, the second would restore what the first has set
+_SHORT_SUMS = (
+    "allow_bf16_reduced_precision_reduction",
+    "allow_fp16_reduced_precision_reduction",
+    "allow_fp16_accumulation",
+)
 
 
 @contextmanager
-def _float32_sums(dtype: torch.dtype) -> Iterator[None]:
-    """Inside, libraries add products of a 16-bit type in fp32. They ask when a product is launched or recorded, not when it
-    runs; products that other threads launch meanwhile are added in fp32 as well."""
+def float32_sums() -> Iterator[None]:
+    """Inside, libraries add products of 16-bit types in fp32: for results that are compared with a bound. They ask when a
+    product is launched or recorded. Not for use while other threads run: compiled functions are guarded by these settings."""
     settings = torch.backends.cuda.matmul
-    with _SETTING:
-        changed = [name for name in _SHORT_SUMS[dtype] if getattr(settings, name)]
-        try:
-            for name in changed:
-                setattr(settings, name, False)
-            yield
-        finally:
-            for name in changed:
-                setattr(settings, name, True)
+    changed = [name for name in _SHORT_SUMS if getattr(settings, name)]
+    try:
+        for name in changed:
+            setattr(settings, name, False)
+        yield
+    finally:
+        for name in changed:
+            setattr(settings, name, True)
 
 
 def mm_float32(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """A product of 16-bit floats, `[m, k]` and `[k, n]`, with sums in fp32 whatever torch's settings allow: as fp32, or rounded
-    once, to `out`, `[m, n]` of the operands' type."""
-    with _float32_sums(a.dtype):
-        if out is not None:
-            return torch.mm(a, b, out=out)
-        if a.device.type == "cuda":
-            return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+    """A product of 16-bit floats, `[m, k]` and `[k, n]`: as fp32, or rounded once, to `out`, `[m, n]` of the operands' type."""
+    if out is not None:
+        return torch.mm(a, b, out=out)
+    if a.device.type != "cuda":
+        return a.float() @ b.float()
+    if (
+        a.dtype == torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation
+    ):  # then torch refuses another type
+        return torch.mm(a, b).float()
+    return torch.mm(a, b, out_dtype=torch.float32)
 
 
 def mm_int8(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

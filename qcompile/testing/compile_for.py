@@ -105,7 +105,7 @@ def compile_for(
             `testing.compile` when a target's compiler refuses.
     """
     found = chosen(targets)
-    noted = []
+    noted: list[list[aot.Launch]] = []
     with interpret():
         for target in found:
             with pretending(target.gpu) as asked:
@@ -114,6 +114,7 @@ def compile_for(
                     noted *= len(found)
                     break
             torch.compiler.reset()  # what was compiled for this target is none of the next one's
+    _refuse_without_launches(f, dict(zip(found, noted, strict=True)))
     pairs = zip_longest(
         *([(entry, target) for entry in launches] for launches, target in zip(noted, found, strict=True))
     )
@@ -126,14 +127,26 @@ def _launches(f: Callable[..., object], args: Any, kwargs: Any, run: bool) -> li
     if not launches and not aot.is_compiled(f):
         with aot.noted(run=run) as launches:
             torch.compile(f)(*args, **kwargs)
-    if not launches:
+    return launches
+
+
+def _refuse_without_launches(f: Callable[..., object], launches: Mapping[Target, Sequence[aot.Launch]]) -> None:
+    some = tuple(target.name for target, noted in launches.items() if noted)
+    none = tuple(target.name for target, noted in launches.items() if not noted)
+    if not some:
         raise QCError(
             "testing.no-kernels",
             f"{getattr(f, '__name__', f)!s} launched no Triton kernel.",
             why="Inductor emits none for what it gives to libraries, and none for a graph that it does not compile",
             next="pass a function whose work Inductor compiles, or a kernel to compile_kernel",
         )
-    return launches
+    if none:
+        raise QCError(
+            "testing.no-kernels",
+            f"{getattr(f, '__name__', f)!s} launches no Triton kernel for {', '.join(none)}.",
+            why="what is missing there (an instruction for a format, say), the ledger of qcompile.explain tells",
+            next=f"leave out what it is not for: targets={some}",
+        )
 
 
 def _arguments(

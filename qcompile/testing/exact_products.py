@@ -34,7 +34,8 @@ class ExactProduct:
     """`y[m, n] = x[m, k] @ weight[n, k].T`.
 
     Attributes:
-        x: `[m, k]` in the type of the spec's x. parts: of the packed weight. want: the result in the type of the spec's y.
+        x: `[m, k]` in the type of the spec's x. parts: of the packed weight. want: the result in the type of the spec's y; of a
+            format with a table its entries count as they are in 16 bits, in the type of x (fp16 where that is fp32).
     """
 
     x: Tensor
@@ -49,8 +50,10 @@ def exact_product(spec: KernelSpec, m: int, n: int, k: int, seed: int = 0) -> Ex
     accumulator has room for.
 
     Raises:
-        QCError: `testing.exact` where there is no such problem: k is too small for an activation scheme, or too large.
+        QCError: `testing.exact` where there is no such problem: for segments and epilogues, for sizes that are too large.
     """
+    if spec.segments != 1 or spec.epilogue.replace("acc", "") or spec.extras:
+        raise QCError("testing.exact", f"{spec} has segments, an epilogue or extras", next="give the plain product")
     generator = torch.Generator().manual_seed(seed)
     parts, number, weight = _weight(spec, n, k, generator)
     unit = torch.tensor([_quantum(row) for row in weight], dtype=torch.float64)
@@ -149,7 +152,7 @@ def _ends(act: Scheme) -> list[float]:
 
 def _digits(values: Tensor) -> float:
     """The largest one in quanta."""
-    return float(values.abs().max()) / _quantum(values)
+    return max(float(values.abs().max()), 1e-30) / _quantum(values)
 
 
 def _quantum(values: Tensor) -> float:

@@ -93,11 +93,22 @@ def fuzz(
         raise QCError(
             "testing.subject", f"neither a kernel nor passes: {subject}", next="give instances of qcompile.Pass"
         )
+    if laws and not passes:
+        raise QCError(
+            "testing.laws",
+            f"a kernel promises no {min(laws)!r}",
+            next="give a pass, or call fuzz without what passes promise",
+        )
     promised, tried, began = Laws(**laws), 0, time.monotonic()
     found: list[tuple[Model, Exception]] = []
     failed: list[Problem] = []  # the latest: Hypothesis ends with the smallest
 
     def try_one(example: Any) -> None:
+        if isinstance(example, Model) != bool(passes):
+            what, wanted = (
+                ("a pass", "models(...) of qcompile.testing.graphs") if passes else ("a kernel", "problems(...)")
+            )
+            raise QCError("testing.inputs", f"{what} cannot be tried on {example!r}", next=f"give {wanted}")
         if not passes:
             try:
                 example.check(subject(example))

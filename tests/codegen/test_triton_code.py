@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="triton is not installed: torch's builds fo
 from qcompile import compat
 from qcompile.codegen.devices.triton import Tile, TritonLowering, cut, family, fit, text_of
 from qcompile.codegen.devices.triton_overlap import ahead, can_overlap
+from qcompile.codegen.devices.triton_text import bytes_text
 from qcompile.codegen.spec import KernelSpec
 from qcompile.codegen.tuning.triton import Shape, shapes
 from qcompile.ir.scheme import Scheme
@@ -201,6 +202,14 @@ def test_every_shape_on_every_target(scheme: str, target: str) -> None:
         assert target not in IN_REGISTERS or stays_in_registers(report)
         if MMA[target] == "HMMA" and tile in (tiles[0], tiles[-1]):
             assert per_weight(report, spec, tile) <= SYNC_BUDGET[scheme][tile != tiles[0]]
+
+
+def test_how_many_rows_compiles_nothing() -> None:
+    """One row, an even number, a multiple of 16: Triton would make another binary for each."""
+    spec = spec_of("int4/g128:fp16")
+    for text in (text_of(spec).source, bytes_text(spec_of("int8/axis0", "int8/token")).source):
+        kernel = compat.triton_kernel(text)
+        assert [p.name for p in kernel.params if p.do_not_specialize] == ["M"]
 
 
 def test_ends_and_splits_compile_everywhere() -> None:

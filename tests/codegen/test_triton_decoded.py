@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -64,87 +63,50 @@ def test_the_end_of_a_product_with_a_decoded_weight() -> None:
 
 
 SETTINGS = torch.backends.cuda.matmul
-NAMES = {
-    torch.float16: ("allow_fp16_reduced_precision_reduction", "allow_fp16_accumulation"),
-    torch.bfloat16: ("allow_bf16_reduced_precision_reduction",),
-}
+NAMES = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction", "allow_fp16_accumulation")
 
 
-def said(dtype: torch.dtype) -> list[bool]:
-    return [getattr(SETTINGS, name) for name in NAMES[dtype]]
+def said() -> list[bool]:
+    return [getattr(SETTINGS, name) for name in NAMES]
 
 
 @pytest.fixture
 def allowing() -> Iterator[None]:
     """Short sums of both types are allowed: of parts of a sum they are by default."""
-    names = [name for each in NAMES.values() for name in each]
-    before = [getattr(SETTINGS, name) for name in names]
-    for name in names:
+    before = said()
+    for name in NAMES:
         setattr(SETTINGS, name, True)
     yield
-    for name, value in zip(names, before, strict=True):
+    for name, value in zip(NAMES, before, strict=True):
         setattr(SETTINGS, name, value)
 
 
 @pytest.mark.usefixtures("allowing")
-@pytest.mark.parametrize("x", ["f16", "bf16"])
-def test_the_library_adds_in_fp32(x: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is allowed: bounds know of no sums in 16 bits. What was allowed is again, also after an error."""
-    spec, dtype, made, seen = spec_of("int4/axis0", x), OUT_DTYPES[x], torch.mm, []
+def test_sums_in_fp32_for_a_while() -> None:
+    """What was allowed is again, also after an error; what a user forbids stays forbidden."""
+    with pytest.raises(RuntimeError, match="too large"), compat.float32_sums():  # noqa: PT012
+        assert said() == [False] * 3
+        raise RuntimeError("too large")
+    assert said() == [True] * 3
+    SETTINGS.allow_bf16_reduced_precision_reduction = (False, False)  # no split sums at all
+    with compat.float32_sums():
+        pass
+    assert not SETTINGS.allow_bf16_reduced_precision_reduction_split_k
 
-    def noted(*operands: Tensor, **more: object) -> Tensor:
-        seen.append((said(dtype), more.get("out_dtype")))
-        if "out" not in more:
-            raise RuntimeError("too large")
-        return made(*operands, **more)  # type: ignore[call-overload,no-any-return]
+
+@pytest.mark.usefixtures("allowing")
+def test_products_leave_the_settings_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled functions of other threads are guarded by them. fp16 whose sums are allowed in fp16 has no other result."""
+    made, seen = torch.mm, []
+
+    def noted(*operands: Tensor, **more: Any) -> Tensor:
+        seen.append((said(), more.pop("out_dtype", None)))
+        return made(*operands, **more) if isinstance(operands[0], Tensor) else torch.zeros(2, 2)
 
     monkeypatch.setattr(torch, "mm", noted)
-    run(spec, torch.randn(3, 64).to(dtype), quantize(weight(16, 64, 0), spec.weight), [], [16], 64, VENDOR)
-    assert seen.pop() == ([False] * len(NAMES[dtype]), None)
-    assert said(dtype) == [True] * len(NAMES[dtype])
-    on_a_gpu: Any = SimpleNamespace(dtype=dtype, device=torch.device("cuda"))
-    with pytest.raises(RuntimeError, match="too large"):
-        compat.mm_float32(on_a_gpu, on_a_gpu)
-    assert seen == [([False] * len(NAMES[dtype]), torch.float32)]
-    assert said(dtype) == [True] * len(NAMES[dtype])
-
-
-@pytest.mark.usefixtures("allowing")
-def test_what_a_user_forbids_stays_forbidden() -> None:
-    a = torch.ones(2, 2, dtype=torch.bfloat16)
-    for value in (False, (False, False)):  # the second: no split sums at all
-        SETTINGS.allow_bf16_reduced_precision_reduction = value
-        compat.mm_float32(a, a, out=torch.empty_like(a))
-        found = SETTINGS.allow_bf16_reduced_precision_reduction, SETTINGS.allow_bf16_reduced_precision_reduction_split_k
-        assert found == (False, value is False)
-
-
-@pytest.mark.usefixtures("allowing")
-def test_two_threads_that_multiply_restore_what_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The setting is of the process: a product in one thread ends while another one's begins."""
-    dtype, made, seen = torch.bfloat16, torch.mm, []
-    first, second = threading.Event(), threading.Event()
-
-    def slow(*operands: Tensor, **more: Any) -> Tensor:
-        if threading.current_thread() is one:
-            first.set()
-            second.wait(0.3)
-        else:
-            second.set()
-            one.join(0.3)
-        seen.append(said(dtype))
-        return made(*operands, **more)
-
-    def product() -> None:
-        a = torch.ones(2, 2, dtype=dtype)
-        compat.mm_float32(a, a, out=torch.empty_like(a))
-
-    monkeypatch.setattr(torch, "mm", slow)
-    one, other = threading.Thread(target=product), threading.Thread(target=product)
-    one.start()
-    assert first.wait(10)
-    other.start()
-    one.join()
-    other.join()
-    assert seen == [[False], [False]]
-    assert said(dtype) == [True]
+    spec = spec_of("int4/axis0", "f16")
+    run(spec, torch.randn(3, 64).half(), quantize(weight(16, 64, 0), spec.weight), [], [16], 64, VENDOR)
+    for dtype in (torch.float16, torch.bfloat16):
+        there: Any = SimpleNamespace(dtype=dtype, device=torch.device("cuda"))
+        assert compat.mm_float32(there, there).dtype == torch.float32
+    assert seen == [([True] * 3, None), ([True] * 3, None), ([True] * 3, torch.float32)]

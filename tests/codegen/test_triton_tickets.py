@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
@@ -12,7 +13,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: torch's builds for CPUs come without it")
 
-from qcompile import compat
+from qcompile import QCWarning, compat
 from qcompile.codegen.devices import triton_tickets
 from qcompile.codegen.devices.triton_tickets import LEAST, SLAB, tickets
 from qcompile.compat import jit
@@ -33,6 +34,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> type[Device]:
 
     monkeypatch.setattr(triton_tickets, "_SLABS", {})
     monkeypatch.setattr(triton_tickets, "_OF_STREAM", {})
+    monkeypatch.setattr(triton_tickets, "_KEPT", [])
     monkeypatch.setattr(compat, "stream", lambda _: Own.stream)
     monkeypatch.setattr(compat, "capturing", lambda _: Own.capturing)
     return Own
@@ -78,7 +80,9 @@ def test_a_graph_never_makes_a_slab(device: type[Device], monkeypatch: pytest.Mo
 
     monkeypatch.setattr(compat, "for_ever", never)
     device.capturing = True
-    assert tickets(5, CPU).numel() >= 5  # recorded with a fill
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert tickets(5, CPU).numel() >= 5  # recorded with a fill
     assert not triton_tickets._SLABS
 
 
@@ -87,8 +91,27 @@ def test_more_than_a_slab(device: type[Device]) -> None:
     for device.stream in range(1, 4):
         places.append(place(tickets(SLAB // 2 - 64, CPU)))
     assert apart(*places)
+
+
+def test_a_call_before_each_recording_makes_room(device: type[Device]) -> None:
+    """However many graphs are recorded: none has a fill, and all slabs stay, as graphs know addresses only."""
+    places = []
+    for _ in range(40):
+        device.capturing = False
+        tickets(128, CPU)
+        device.capturing = True
+        places += [tickets(SLAB // 64, CPU) for _ in range(8)]
+    slabs = {slab.untyped_storage().data_ptr() for slab in triton_tickets._KEPT}
+    assert {t.untyped_storage().data_ptr() for t in places} <= slabs
+    assert apart(*map(place, places))
+    assert len(slabs) > 4
+
+
+def test_a_recording_without_room_says_so(device: type[Device]) -> None:
     device.capturing = True
-    assert place(tickets(SLAB, CPU)) is not None
+    triton_tickets._warn_filled.cache_clear()
+    with pytest.warns(QCWarning, match="call the function once outside"):
+        assert place(tickets(SLAB, CPU)) is not None
 
 
 def test_threads(device: type[Device]) -> None:

@@ -130,8 +130,8 @@ class Linear(torch.nn.Module):
         return y
 
 
-def quantized(recipe: str, rows: int, *targets: str) -> list[Report]:
-    compiled = torch.compile(Linear(), backend="qcompile", options={"recipe": recipe, "strict": True})
+def quantized(recipe: str, rows: int, *targets: str, strict: bool = True) -> list[Report]:
+    compiled = torch.compile(Linear(), backend="qcompile", options={"recipe": recipe, "strict": strict})
     with torch.no_grad():
         return compile_for(compiled, torch.randn(rows, 512, dtype=torch.bfloat16), targets=targets)
 
@@ -238,6 +238,13 @@ def test_signatures_that_do_not_fit() -> None:
 def test_a_function_without_kernels() -> None:
     error = refused("testing.no-kernels", lambda: compile_for(torch.compile(lambda x: x.shape), torch.ones(4)))
     assert "launched no Triton kernel" in error.what
+
+
+def test_a_target_without_kernels() -> None:
+    """e4m3 multiplies on sm_90 and not on sm_80: its site stays float there, for a library."""
+    error = refused("testing.no-kernels", lambda: quantized("e4m3/axis0 e4m3/token", 4, "sm_90", "sm_80", strict=False))
+    assert error.what.endswith("launches no Triton kernel for sm_80.")
+    assert "targets=('sm_90',)" in error.next
 
 
 def test_a_kernel_that_does_not_compile() -> None:
