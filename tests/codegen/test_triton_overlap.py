@@ -373,7 +373,7 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 )
 def test_what_a_launch_says(architecture: str, early: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The constant and the option, always both: a kernel that began early and did not wait would read what is not there."""
-    monkeypatch.setattr(compat, "architecture", lambda _: architecture)
+    monkeypatch.setattr(compat, "architecture", lambda device: architecture if device.type == "cuda" else "")
     assert begin(CUDA) == ({"PDL": True, "launch_pdl": True} if early else {"PDL": False})
     assert begin_with_weights(CUDA, Tile(16, 64, units=2)) == begin(CUDA) | {"AHEAD": 8}
     assert begin_with_weights(CUDA, Tile(64, 128, units=2)) == begin(CUDA) | {"AHEAD": 0}
