@@ -19,8 +19,8 @@ from qcompile.testing.interpret import interpret
 from tests.codegen.products import BYTES, SCHEMES, TILES, spec_of
 
 K = 8190  # no tile, group or unit divides it
-# Half of the formats with each way that scales meet them, and every kind of scale, zero and nesting.
-CASES = [(scheme, "") for scheme in SCHEMES[::2] + SCHEMES[-14:]] + BYTES[::5] + BYTES[-26::2]
+# A third of the formats with each way that scales meet them, and every kind of scale, zero and nesting.
+CASES = [(scheme, "") for scheme in SCHEMES[::3] + SCHEMES[-14:]] + BYTES[::7] + BYTES[-26::3]
 SHORT = {
     "int8/g64:fp32",
     "int8/g128:fp32",

@@ -1,4 +1,4 @@
-"""Pairs of weights (silu(gate) * up) in one kernel: what the shipped tiles become for two sums, in machine code."""
+"""Pairs of weights (silu(gate) * up) in one kernel: what the largest shipped tiles become for two sums, in machine code."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BYTES = [
 ]
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [target for target in TARGETS if target != "sm_86"])  # what sm_89 has
 @pytest.mark.parametrize(("scheme", "act"), [*((scheme, "") for scheme in FLOATS), *BYTES])
 def test_pairs_on_every_target(scheme: str, act: str, target: str) -> None:
     spec = replace(spec_of(scheme, act), segments=2, epilogue="silu(a0)*a1")
@@ -39,12 +39,11 @@ def test_pairs_on_every_target(scheme: str, act: str, target: str) -> None:
         assert BYTES_MMA[target][1] is None
         return
     wanted = BYTES_MMA[target]["e4m3" in act] if act else MMA[target]
-    for tile in {tiles_of(target, spec)[0], tiles_of(target, spec)[-1]}:
-        (report,) = build(spec, tile, target).values()
-        assert report.fits, report
-        # Two weights of 3 bits, 512 columns of each with eight scales, are what 255 registers just do not hold.
-        edge = scheme == "int3/g64:fp16" and MMA[target] == "HMMA"
-        assert report.spill_bytes <= (64 if edge else 0), report
-        assert report.loop.widest_of("W0") == report.loop.widest_of("W1") == 16
-        assert wanted is not None
-        assert all(name.startswith(wanted) for name in report.loop.mma)
+    (report,) = build(spec, tiles_of(target, spec)[-1], target).values()
+    assert report.fits, report
+    # Two weights of 3 bits, 512 columns of each with eight scales, are what 255 registers just do not hold.
+    edge = scheme == "int3/g64:fp16" and MMA[target] == "HMMA"
+    assert report.spill_bytes <= (64 if edge else 0), report
+    assert report.loop.widest_of("W0") == report.loop.widest_of("W1") == 16
+    assert wanted is not None
+    assert all(name.startswith(wanted) for name in report.loop.mma)
