@@ -103,10 +103,21 @@ def _call_of(spec: str, x: torch.dtype, extras: Sequence[torch.dtype]) -> Call:
             return run(x, parts, extras, sizes, k)
         except RuntimeError as error:
             if (text := str(error).partition("\n")[0]).startswith("qmm: "):
-                raise QCError("matmul.operands", text, why=f"spec {spec}") from error
+                raise _told(x, parts, extras, spec, text) from error
             raise
 
     return call
+
+
+def _told(x: Tensor, parts: Sequence[Tensor], extras: Sequence[Tensor], spec: str, text: str) -> QCError:
+    """What does not fit, in more words than a kernel has where there are some."""
+    try:
+        ops.check_qmm(x, parts, extras, spec)
+    except QCError as found:
+        return QCError("matmul.operands", found.what, where=found.where or spec, why=found.why, next=found.next)
+    except RuntimeError:  # torch's, for sizes: the kernel's own text names the operand
+        pass
+    return QCError("matmul.operands", text, where=spec)
 
 
 def _rows(t: Tensor) -> Tensor:

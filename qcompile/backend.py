@@ -182,8 +182,8 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -
             *(compat.compile_example(n.meta["example_value"]) for n in packed),
             *(ctx.inputs[n.name] for n in kept),
         ]
-        # A cached graph generates no kernels, so there would be nothing to dump.
-        uncached = {"force_disable_caches": True} if options.dump else {}
+        # A cached graph generates no kernels: there would be nothing to dump, and what is verified would not be what runs.
+        uncached = {"force_disable_caches": True} if options.dump or options.verify else {}
         config = {**_CONFIG, **uncached, **options.inductor}
         config = compat.Fingerprint.patch(fingerprint(passes, ctx, devices), config)
         with inductor.dumping(options.dump):

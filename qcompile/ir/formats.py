@@ -11,9 +11,12 @@ e8m0); the QLoRA paper, arXiv 2305.14314 (nf4).
 from __future__ import annotations
 
 import math
+import re
+from collections import UserDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -60,6 +63,9 @@ class Format:
         nonfinite: `none`; `nan` (the all-ones magnitude is NaN, no infinity); `ieee` (the top exponent).
         statistic: how a scale is chosen: `absmax` (the largest value meets the largest level) or `mean` of
             |x|.
+
+    Raises:
+        QCError: `format.entry` for fields that do not fit each other.
     """
 
     name: str
@@ -71,6 +77,36 @@ class Format:
     table: tuple[float, ...] = ()
     nonfinite: NonFinite = "none"
     statistic: Statistic = "absmax"
+
+    def __post_init__(self) -> None:
+        if why := self._fault():
+            raise QCError("format.entry", f"{self.name!r} is no format", why=why, next="see docs/formats.md, Add one")
+
+    def _fault(self) -> str:
+        """What is wrong with the fields, "" when nothing is."""
+        words = {"kind": Kind, "nonfinite": NonFinite, "statistic": Statistic}
+        for field, known in words.items():
+            if (word := getattr(self, field)) not in get_args(known):
+                return (
+                    f"{field}={word!r}: it is one of {', '.join(get_args(known))}{suggest(str(word), get_args(known))}"
+                )
+        if not re.fullmatch(r"[A-Za-z]\w*", self.name):
+            return "a name is a letter, then letters, digits and _"
+        if not 1 <= self.bits <= 8:
+            return f"bits={self.bits}: a code has 1 to 8 bits"
+        if self.kind == "int" and self.bits == 1 and self.signed:
+            return "a signed integer has 2 bits or more"
+        if self.kind == "float" and (self.exponent < 1 or self.signed + self.exponent + self.mantissa != self.bits):
+            sign = "a sign, " * self.signed
+            return f"{sign}{self.exponent} bits of exponent and {self.mantissa} of mantissa are not {self.bits} bits"
+        if self.kind == "table":
+            if not 2 <= len(self.table) <= 1 << self.bits:
+                return f"a table of {len(self.table)}: codes of {self.bits} bits have 2 to {1 << self.bits}"
+            if not all(map(math.isfinite, self.table)):
+                return "a table has finite numbers"
+            if any(a >= b for a, b in zip(self.table, self.table[1:], strict=False)) or self.table[-1] <= 0:
+                return "a table is strictly ascending, and its last number is positive"
+        return ""
 
     @staticmethod
     def of(name: str) -> Format:
@@ -262,7 +298,33 @@ def _signed(byte: int) -> int:
     return byte - 256 if byte > 127 else byte
 
 
-def _table() -> dict[str, Format]:
+class Formats(UserDict[str, Format]):
+    """Formats by name. A name keeps its meaning: packed weights, kernels and caches on disk are found by it.
+
+    Raises:
+        QCError: `format.entry` for a key that is not the entry's name, or an entry that is no format; `format.redefined` for
+            a name that has meant another format in this process, even if that was taken out again.
+    """
+
+    def __init__(self, formats: Iterable[Format]) -> None:
+        self._meant: dict[str, Format] = {}
+        super().__init__({fmt.name: fmt for fmt in formats})
+
+    def __setitem__(self, name: str, fmt: Format) -> None:
+        if not isinstance(fmt, Format) or fmt.name != name:
+            given = f"the format {fmt.name!r}" if isinstance(fmt, Format) else f"a {type(fmt).__name__}"
+            raise QCError("format.entry", f"{given} under the name {name!r}", next="write FORMATS[fmt.name] = fmt")
+        if self._meant.setdefault(name, fmt) != fmt:
+            raise QCError(
+                "format.redefined",
+                f"{name!r} means another format already",
+                why="packed weights, kernels and caches on disk are found by the name",
+                next="give the changed one a name of its own, or define it in a new process",
+            )
+        super().__setitem__(name, fmt)
+
+
+def _table() -> list[Format]:
     formats = [Format(f"int{bits}", "int", bits) for bits in range(2, 9)]
     formats += [Format(f"uint{bits}", "int", bits, signed=False) for bits in range(2, 9)]
     formats += [
@@ -275,10 +337,10 @@ def _table() -> dict[str, Format]:
         Format("ternary", "table", 2, table=(-1.0, 0.0, 1.0), statistic="mean"),
         Format("binary", "table", 1, table=(-1.0, 1.0), statistic="mean"),
     ]
-    return {fmt.name: fmt for fmt in formats}
+    return formats
 
 
-FORMATS: dict[str, Format] = _table()
+FORMATS = Formats(_table())
 
 TINY = 2.0**-126  # smallest normal float32: below it division and kernels that flush subnormals go wrong
 

@@ -86,12 +86,18 @@ class MatmulSpec:
                 f"an activation scheme {self.act} cannot be static",
                 next="write act=int8/tensor:fp32 or act=uint8/tensor:fp32+z",
             )
-        bad = [kind for kind in self.extras if kind not in EXTRA_KINDS]
-        if not self.n or min(self.n) < 1 or self.k < 1 or bad or (self.out and self.out not in OUT_DTYPES):
+        if bad := [kind for kind in self.extras if kind not in EXTRA_KINDS]:
             raise QCError(
                 "matmul.spec",
-                f"not a matmul: n={self.n} k={self.k} extras={self.extras} out={self.out!r}",
-                next="sizes are positive, extras are 'row' or 'mat', out is f32, bf16 or f16",
+                f"an extra cannot be {bad[0]!r}",
+                why="its dtype is that of the tensor that a call gives, and not part of the spec",
+                next="write e=row or e=mat, or e=row,mat for two",
+            )
+        if not self.n or min(self.n) < 1 or self.k < 1 or (self.out and self.out not in OUT_DTYPES):
+            raise QCError(
+                "matmul.spec",
+                f"not a matmul: n={self.n} k={self.k} out={self.out!r}",
+                next="sizes are positive, out is f32, bf16 or f16",
             )
         names = epilogue_names(self.epilogue)
         allowed = {"acc", *(f"a{i}" for i in range(len(self.n))), *(f"e{i}" for i in range(len(self.extras)))}
@@ -286,6 +292,36 @@ def over_values(scale: torch.Tensor, act: Scheme, shape: Sequence[int]) -> torch
     return spread(scale, act.granularity.cell(len(shape)), shape) if isinstance(act.granularity, PerGroup) else scale
 
 
+def check_operands(
+    x: torch.Tensor, parts: Sequence[torch.Tensor], extras: Sequence[torch.Tensor], spec: MatmulSpec
+) -> None:
+    """Refuse operands of another number, or of types that a product would cut. Raises `QCError` ("matmul.operands")."""
+    wanted = spec.parts_per_segment * len(spec.n) + spec.act_parts
+    if len(parts) != wanted or len(extras) != len(spec.extras):
+        raise QCError(
+            "matmul.operands",
+            f"qmm got {len(parts)} packed parts and {len(extras)} extras, and takes {wanted} and {len(spec.extras)}",
+            where=str(spec),
+            why=f"each of {len(spec.n)} weights has {spec.parts_per_segment} parts"
+            + (f", a static activation {spec.act_parts}" if spec.act_parts else ""),
+            next="give what quantize(...) returned, one weight after the other, and a tensor for each letter of e=",
+        )
+    check_float("qmm", "x", x.dtype)
+    for i, extra in enumerate(extras):
+        check_float("qmm", f"extra {i}", extra.dtype)
+
+
+def check_float(operator: str, what: str, dtype: torch.dtype) -> None:
+    """Refuse a type that is no real float. Raises `QCError` ("matmul.operands")."""
+    if not dtype.is_floating_point:
+        raise QCError(
+            "matmul.operands",
+            f"{operator} has no {what} in {dtype}",
+            why="decoded weights are real numbers with a fraction",
+            next="use torch.float32, torch.float16 or torch.bfloat16",
+        )
+
+
 def check_static(parts: Sequence[torch.Tensor], spec: MatmulSpec) -> None:
     """Refuse parts that are no scale and zero point of a static activation. Raises `QCError` ("matmul.operands")."""
     for name, part, dtype in zip(("scale", "zero point"), parts, (torch.float32, torch.uint8), strict=False):
@@ -314,14 +350,11 @@ def reference_qmm(
     Raises:
         QCError: "matmul.operands" when operands are missing or have other shapes.
     """
+    check_operands(x, parts, extras, spec)
     step, lead = spec.parts_per_segment, x.shape[:-1]
     shapes, wanted = [tuple(t.shape) for t in (x, *extras)], spec.shapes(lead)
-    if len(parts) != step * len(spec.n) + spec.act_parts or shapes != wanted:
-        raise QCError(
-            "matmul.operands",
-            f"qmm got {len(parts)} parts; x and extras of {shapes}",
-            why=f"spec {spec} needs {step} parts per segment, {spec.act_parts} of the activation, and {wanted}",
-        )
+    if shapes != wanted:
+        raise QCError("matmul.operands", f"qmm got x and extras of {shapes}, and takes {wanted}", where=str(spec))
     check_static(parts[step * len(spec.n) :], spec)
     wide = x.to(torch.float32)
     finite = torch.isfinite(wide).all(-1, keepdim=True)

@@ -24,7 +24,7 @@ import torch
 from qcompile.errors import QCError
 from qcompile.ir.codec import check_parts, dequantize, dequantize_rows
 from qcompile.ir.hadamard import check_rotation, rotate
-from qcompile.ir.matmul import OUT_DTYPES, MatmulSpec, check_static, reference_qmm
+from qcompile.ir.matmul import OUT_DTYPES, MatmulSpec, check_float, check_operands, check_static, reference_qmm
 from qcompile.ir.scheme import Scheme
 
 LIBRARY = torch.library.Library("qcompile", "DEF")
@@ -67,6 +67,7 @@ def qmm_reference(
 def _qembedding(
     ids: torch.Tensor, parts: Sequence[torch.Tensor], scheme: str, n: int, k: int, dtype: torch.dtype
 ) -> torch.Tensor:
+    check_float("qembedding", "result", dtype)
     check_parts(parts, Scheme.parse(scheme), n, k)
     # Panels are padded, so an id beyond the table would find a row. A lookup in the row numbers themselves makes torch
     # check it, in eager mode and in generated code, as it does for a float table; compiled, it reads no memory.
@@ -77,6 +78,7 @@ def _qembedding(
 
 
 def _decode(parts: Sequence[torch.Tensor], scheme: str, n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
+    check_float("decode", "result", dtype)
     return dequantize(list(parts), Scheme.parse(scheme), n, k, dtype)
 
 
@@ -99,18 +101,19 @@ def check_qmm(x: torch.Tensor, parts: Sequence[torch.Tensor], extras: Sequence[t
     step = what.parts_per_segment
     for i, n in enumerate(what.n):
         check_parts(parts[i * step : (i + 1) * step], what.weight, n, what.k)
-    if len(extras) != len(what.extras) or len(parts) != step * len(what.n) + what.act_parts:
-        raise QCError("matmul.operands", f"{len(parts)} parts and {len(extras)} extras for {spec}")
+    check_operands(x, parts, extras, what)
     check_static(parts[step * len(what.n) :], what)
-    for operand, shape in zip((x, *extras), what.shapes(x.shape[:-1]), strict=True):
+    names = ["x", *(f"extra {i}" for i in range(len(extras)))]
+    for name, operand, shape in zip(names, (x, *extras), what.shapes(x.shape[:-1]), strict=True):
         if operand.dim() != len(shape):
-            raise QCError("matmul.operands", f"an operand of shape {tuple(operand.shape)}, not {shape}", where=spec)
+            raise QCError("matmul.operands", f"{name} has the shape {tuple(operand.shape)}, not {shape}", where=spec)
         for size, want in zip(operand.shape, shape, strict=True):
-            torch._check(size == want, lambda s=size, w=want: f"an operand of {spec} has a size {s}, not {w}")
+            torch._check(size == want, lambda n=name, s=size, w=want: f"{n} of {spec} has a size {s}, not {w}")
     return what
 
 
 def _fake_decode(parts: Sequence[torch.Tensor], scheme: str, n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
+    check_float("decode", "result", dtype)
     check_parts(parts, Scheme.parse(scheme), n, k)
     return parts[0].new_empty((n, k), dtype=dtype)
 

@@ -80,18 +80,14 @@ def fuzz(
         AssertionError: for the smallest input found on which a result is further off than derived, or a law is broken.
         Exception: whatever the kernel or the pass raises, for the smallest input found, which its text begins with.
     """
-    known = {item.name for item in fields(Laws)}
-    if unknown := sorted(set(laws) - known):
-        raise QCError(
-            "testing.laws",
-            f"a pass promises no {unknown[0]!r}{suggest(unknown[0], known)}",
-            next=f"choose of {', '.join(sorted(known))}; kernels promise nothing",
-        )
+    _check_call(subject, inputs, examples, laws)
     passes = [subject] if isinstance(subject, Pass) else list(subject) if isinstance(subject, Sequence) else []
     is_class = isinstance(subject, type) and issubclass(subject, Pass)
     if not all(isinstance(item, Pass) for item in passes) or not (passes or callable(subject)) or is_class:
         raise QCError(
-            "testing.subject", f"neither a kernel nor passes: {subject}", next="give instances of qcompile.Pass"
+            "testing.subject",
+            f"neither a kernel nor passes: {subject}",
+            next="give a function of a problem, or instances of qcompile.Pass",
         )
     if laws and not passes:
         raise QCError(
@@ -157,6 +153,32 @@ def fuzz(
         if time.monotonic() - began >= seconds:
             break
     return tried
+
+
+def _check_call(subject: Any, inputs: Any, examples: Any, laws: Mapping[str, Any]) -> None:
+    """Refuse arguments that no round could use, before the first one."""
+    if isinstance(subject, SearchStrategy):
+        raise QCError("testing.subject", "fuzz takes what is tried first, then inputs", next="swap the two arguments")
+    if not isinstance(inputs, SearchStrategy):
+        raise QCError(
+            "testing.inputs",
+            f"inputs cannot be {inputs!r}",
+            next="give problems(...) for a kernel, models(...) for passes, or another strategy of Hypothesis",
+        )
+    if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
+        raise QCError("testing.inputs", f"examples={examples!r}", next="give 1 or more: inputs of one round")
+    promises = {item.name for item in fields(Laws)}
+    if unknown := sorted(set(laws) - promises):
+        known = [*promises, "examples", "seconds", "start"]
+        raise QCError(
+            "testing.laws",
+            f"fuzz has no argument {unknown[0]!r}{suggest(unknown[0], known)}",
+            next=f"choose of examples, seconds, start, and for passes {', '.join(sorted(promises))}",
+        )
+    if (like := laws.get("like")) is not None and not isinstance(like, Pass):
+        raise QCError("testing.laws", f"like={like!r} is no pass", next="give an instance of qcompile.Pass")
+    if isinstance(place := laws.get("place"), str):
+        raise QCError("testing.laws", f"place={place!r}", next=f"write place=('after', {place!r}) or ('before', ...)")
 
 
 def _led_by(head: str, error: Exception) -> Exception:

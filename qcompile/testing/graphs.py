@@ -96,8 +96,8 @@ class Model:
 
 
 def models(
-    kinds: Sequence[str] = tuple(KINDS),
-    dtypes: Sequence[str] = DTYPES,
+    kinds: str | Sequence[str] = tuple(KINDS),
+    dtypes: str | Sequence[str] = DTYPES,
     max_layers: int = 5,
     dynamic: bool | None = None,
 ) -> SearchStrategy[Model]:
@@ -109,11 +109,12 @@ def models(
     small and odd; a batch may be empty.
 
     Args:
-        kinds: names of layers to use, of `qcompile.testing.layers.KINDS`.
-        dtypes: names of dtypes to use.
+        kinds: name or names of layers to use, of `qcompile.testing.layers.KINDS`.
+        dtypes: name or names of dtypes to use.
         max_layers: largest number of layers.
         dynamic: whether to compile for any sizes; both by default.
     """
+    kinds, dtypes = ([given] if isinstance(given, str) else list(given) for given in (kinds, dtypes))
     for name, choices in [*((kind, KINDS) for kind in kinds), *((dtype, DTYPES) for dtype in dtypes)]:
         if name not in choices:
             raise QCError(

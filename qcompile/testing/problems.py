@@ -14,8 +14,9 @@ from torch import Tensor
 
 from qcompile.codegen.devices.triton_bounds import ROUNDOFF, SMALLEST, expected
 from qcompile.codegen.spec import KernelSpec
+from qcompile.errors import QCError
 from qcompile.ir.codec import dequantize, quantize
-from qcompile.ir.matmul import OUT_DTYPES
+from qcompile.ir.matmul import DTYPE_NAMES, OUT_DTYPES
 from qcompile.ir.packing import pack_codes
 from qcompile.ir.scheme import Scheme
 from qcompile.testing.hypotheses import DrawFn, SearchStrategy, st
@@ -88,26 +89,50 @@ class Problem:
         return f"{self.spec}: m={self.m} n={self.n} k={self.k} row stride {self.x.stride(0)}"
 
 
-@st.composite
 def problems(
-    draw: DrawFn,
     weight: str | SearchStrategy[str],
-    x: str | Sequence[str] = ("f16", "bf16"),
-    y: str = "",
+    x: str | torch.dtype | Sequence[str | torch.dtype] = ("f16", "bf16"),
+    y: str | torch.dtype = "",
     max_m: int = 20,
     max_n: int = 70,
     max_k: int = 600,
-) -> Problem:
+) -> SearchStrategy[Problem]:
     """Problems for kernels of a scheme.
 
     Args:
         weight: spelling of the weight's scheme with its packing ("int4/g64:fp16@rows"), or a strategy of those.
-        x: dtype name or names of the activation ("f32", "f16", "bf16"). y: of the result, that of x by default.
+        x: dtype or dtypes of the activation, as torch or the specs have them (torch.float16, "f16"). y: of the result, that
+            of x by default.
         max_m, max_n, max_k: largest sizes; all from 1 up are drawn, those around multiples of 16 more often.
+
+    Raises:
+        QCError: `scheme.*` for a spelling, `testing.problems` for a dtype or a size.
     """
+    if isinstance(weight, str):
+        Scheme.parse(weight)
+    names = [_name(dtype) for dtype in ([x] if isinstance(x, str | torch.dtype) else x)]
+    for name, size in (("max_m", max_m), ("max_n", max_n), ("max_k", max_k)):
+        if size < 1:
+            raise QCError("testing.problems", f"{name}={size}", next="sizes are 1 or more")
+    return _problems(weight, names, (max_m, max_n, max_k), _name(y) if y else "")
+
+
+def _name(dtype: str | torch.dtype) -> str:
+    name = DTYPE_NAMES.get(dtype, "") if isinstance(dtype, torch.dtype) else dtype
+    if name not in OUT_DTYPES:
+        raise QCError(
+            "testing.problems", f"no kernel has activations or results in {dtype}", next=f"use {', '.join(OUT_DTYPES)}"
+        )
+    return name
+
+
+@st.composite
+def _problems(
+    draw: DrawFn, weight: str | SearchStrategy[str], names: Sequence[str], largest: tuple[int, int, int], y: str = ""
+) -> Problem:
     scheme = Scheme.parse(weight if isinstance(weight, str) else draw(weight))
-    name = x if isinstance(x, str) else draw(st.sampled_from(list(x)))
-    m, n, k = (draw(_sizes(top)) for top in (max_m, max_n, max_k))
+    name = draw(st.sampled_from(names))
+    m, n, k = (draw(_sizes(top)) for top in largest)
     seed = draw(st.integers(0, 2**32 - 1))
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(n, k, generator=generator) / 8 + draw(st.sampled_from([0.0, 0.05]))

@@ -93,6 +93,9 @@ class Report:
         """Triton's own representation, with layouts."""
         return self.texts["ttgir"]
 
+    def __repr__(self) -> str:
+        return f"<Report of {self.kernel} on {self.target.name}: print it alone>"
+
     def __str__(self) -> str:
         memory = f"shared {self.shared} of {self.shared_limit}" + ("" if self.fits else " DOES NOT FIT")
         tensor = f", tensor memory {self.tensor_memory} columns" if self.tensor_memory else ""

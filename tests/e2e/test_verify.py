@@ -55,3 +55,21 @@ def test_a_model_that_stays_float_leaves_nothing_to_verify() -> None:
             warnings.simplefilter("error", QCWarning)
             compiled(conv, "none", verify=True)(torch.randn(1, 4, 8, 8))
             compiled(relu, verify=True)(torch.randn(2, 8))
+
+
+def test_what_is_verified_is_what_runs() -> None:
+    """A graph that comes from a cache on disk has kernels that nobody compares."""
+    import torch._inductor.config as inductor
+    from torch._dynamo.utils import counters
+
+    model, x = nn.Linear(32, 16).eval(), torch.randn(2, 32)
+    found = []
+    for options in ({}, {}, {"verify": True}):
+        torch.compiler.reset()
+        counters.clear()
+        with torch.no_grad(), inductor.patch(fx_graph_cache=True):
+            compiled(model, **options)(x)
+        kinds = ("fxgraph_cache_hit", "fxgraph_cache_miss")
+        found.append([counters["inductor"][kind] for kind in kinds] + [counters["aot_autograd"]["autograd_cache_hit"]])
+    assert sum(found[1][::2]) > 0  # a cache knows the graph
+    assert found[2] == [0, 0, 0]

@@ -3,6 +3,7 @@
 import math
 from itertools import pairwise
 from statistics import NormalDist
+from typing import Any
 
 import pytest
 import torch
@@ -186,3 +187,55 @@ def test_scale_formats_hold_their_range_exactly(fmt: ScaleFormat) -> None:
     if fmt.kind == "exponent":
         assert sorted(finite) == [2.0**e for e in range(-127, 128)]
         assert int(values.isnan().sum()) == 1
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "kind": ({"kind": "flaot", "bits": 5, "exponent": 3, "mantissa": 1}, "did you mean 'float'"),
+    "statistic": ({"kind": "int", "bits": 4, "statistic": "median"}, "absmax, mean"),
+    "width": ({"kind": "int", "bits": 9}, "1 to 8 bits"),
+    "sign alone": ({"kind": "int", "bits": 1}, "2 bits or more"),
+    "fields": ({"kind": "float", "bits": 5, "exponent": 3, "mantissa": 3}, "are not 5 bits"),
+    "order": ({"kind": "table", "bits": 2, "table": (1.0, -1.0, 0.0, 0.5)}, "ascending"),
+    "twice": ({"kind": "table", "bits": 2, "table": (-1.0, 0.0, 0.0, 0.5)}, "ascending"),
+    "no number": ({"kind": "table", "bits": 1, "table": (0.0, math.nan)}, "finite"),
+    "too many": ({"kind": "table", "bits": 1, "table": (-1.0, 0.0, 1.0)}, "2 to 2"),
+    "negative": ({"kind": "table", "bits": 1, "table": (-2.0, -1.0)}, "positive"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_fields_that_do_not_fit_are_refused(name: str) -> None:
+    fields, told = BAD[name]
+    with pytest.raises(QCError, match=told) as caught:
+        Format("odd", **fields)
+    assert caught.value.code == "format.entry"
+
+
+def test_names_that_a_scheme_could_not_spell_are_refused() -> None:
+    for name in ("a/b", "", "4bit", "e4m3~"):
+        with pytest.raises(QCError, match="a name is a letter"):
+            Format(name, "int", 4)
+
+
+def test_a_name_keeps_its_meaning() -> None:
+    """Kernels and packed weights are found by it: one that changed would meet codes of another format."""
+    entry = Format("kept", "table", 2, table=(-1.0, -0.5, 0.0, 1.0))
+    FORMATS["kept"] = entry
+    try:
+        FORMATS["kept"] = Format("kept", "table", 2, table=(-1.0, -0.5, 0.0, 1.0))
+        other = Format("kept", "table", 2, table=(-1.0, -0.2, 0.2, 1.0))
+        ways = [lambda: FORMATS.update(kept=other), lambda: FORMATS.__setitem__("kept", other)]
+        for way in ways:
+            with pytest.raises(QCError, match="'kept' means another format already") as caught:
+                way()
+            assert caught.value.code == "format.redefined"
+        assert FORMATS["kept"] == entry
+    finally:
+        del FORMATS["kept"]
+    with pytest.raises(QCError, match="means another format"):
+        FORMATS["kept"] = other
+    assert "kept" not in FORMATS
+    with pytest.raises(QCError, match=r"the format 'kept' under the name 'other'"):
+        FORMATS["other"] = entry
+    with pytest.raises(QCError, match="a tuple under the name"):
+        FORMATS["pair"] = (-1.0, 1.0)  # type: ignore[assignment]

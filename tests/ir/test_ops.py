@@ -53,6 +53,18 @@ def test_parts_of_another_weight_are_refused_when_tracing() -> None:
                     call()
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+def test_weights_are_decoded_to_real_floats(dtype: torch.dtype) -> None:
+    parts, _ = table()
+    for call in (
+        lambda: OPS.decode(parts, SCHEME, 20, 64, dtype),
+        lambda: OPS.qembedding(torch.zeros(2, dtype=torch.int64), parts, SCHEME, 20, 64, dtype),
+    ):
+        with pytest.raises(QCError, match=f"no result in {dtype}") as caught:
+            call()
+        assert caught.value.code == "matmul.operands"
+
+
 def test_operands_of_other_sizes_are_refused_when_tracing() -> None:
     parts, _ = table()
     with FakeTensorMode() as mode:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ pytest.importorskip("triton", reason="triton is not installed: torch's builds fo
 from qcompile import QCError
 from qcompile.codegen.devices.triton import Tile, run, text_of
 from qcompile.testing.fuzz import fuzz
+from qcompile.testing.graphs import models
 from qcompile.testing.interpret import interpret
 from qcompile.testing.problems import Problem, problems
 
@@ -112,3 +114,26 @@ def test_wrong_shapes_and_types_are_named() -> None:
         fuzz(lambda problem: problem.empty().to(torch.float64), problems("int8/axis0@rows"), examples=2)
     with pytest.raises(AssertionError, match="exactly"):
         fuzz(lambda problem: problem.empty(), problems("int8/axis0@rows"), examples=2)
+
+
+MISUSES = {
+    "swapped": (lambda: fuzz(problems("int4/g32:fp16@rows"), print), "swap the two"),  # type: ignore[call-overload]
+    "a spelling": (lambda: fuzz(print, "int4/g32:fp16@rows"), "problems"),  # type: ignore[call-overload]
+    "no examples": (lambda: fuzz(print, problems("int4/g32:fp16@rows"), examples=0), "examples=0"),
+    "a typo": (lambda: fuzz(print, problems("int4/g32:fp16@rows"), exampels=2), "did you mean 'examples'"),  # type: ignore[call-overload]
+    "a place": (lambda: fuzz(print, models(), place="merge"), r"place=\('after', 'merge'\)"),  # type: ignore[call-overload]
+    "like": (lambda: fuzz(print, models(), like="x"), "like='x' is no pass"),  # type: ignore[call-overload]
+    "a scheme": (lambda: problems("int4/h32"), "int4/h32"),
+    "a dtype": (lambda: problems("int4/g32:fp16@rows", x=torch.int8), "torch.int8"),
+    "a size": (lambda: problems("int4/g32:fp16@rows", max_m=0), "max_m=0"),
+    "a layer": (lambda: models("linaer"), "did you mean 'linear'"),
+}
+
+
+@pytest.mark.parametrize("name", MISUSES)
+def test_misuse_is_refused_before_the_first_round(name: str) -> None:
+    call, told = MISUSES[name]
+    with pytest.raises(QCError) as caught:
+        call()
+    assert re.search(told, str(caught.value))
+    assert "found in round" not in str(caught.value)
