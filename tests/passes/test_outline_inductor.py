@@ -22,7 +22,7 @@ from torch import nn
 from qcompile import compat
 from qcompile.passes.late.outline import OutlineReport, outline
 
-LAYERS = 4
+LAYERS = 3
 SCALAR = {"cpp.simdlen": 1, "cpp.threads": 1}
 
 
