@@ -16,7 +16,7 @@ from collections import UserDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -298,30 +298,34 @@ def _signed(byte: int) -> int:
     return byte - 256 if byte > 127 else byte
 
 
-class Formats(UserDict[str, Format]):
-    """Formats by name. A name keeps its meaning: packed weights, kernels and caches on disk are found by it.
+E = TypeVar("E", bound=Format | ScaleFormat)
+
+
+class Registry(UserDict[str, E]):
+    """Entries by name. A name keeps its meaning: packed weights, kernels and caches on disk are found by it.
 
     Raises:
-        QCError: `format.entry` for a key that is not the entry's name, or an entry that is no format; `format.redefined` for
-            a name that has meant another format in this process, even if that was taken out again.
+        QCError: `format.entry` for a key that is not the entry's name, or an entry of another type; `format.redefined` for a
+            name that has meant another entry in this process, even if that was taken out again.
     """
 
-    def __init__(self, formats: Iterable[Format]) -> None:
-        self._meant: dict[str, Format] = {}
-        super().__init__({fmt.name: fmt for fmt in formats})
+    def __init__(self, kind: type[E], entries: Iterable[E]) -> None:
+        self._kind = kind
+        self._meant: dict[str, E] = {}
+        super().__init__({entry.name: entry for entry in entries})
 
-    def __setitem__(self, name: str, fmt: Format) -> None:
-        if not isinstance(fmt, Format) or fmt.name != name:
-            given = f"the format {fmt.name!r}" if isinstance(fmt, Format) else f"a {type(fmt).__name__}"
-            raise QCError("format.entry", f"{given} under the name {name!r}", next="write FORMATS[fmt.name] = fmt")
-        if self._meant.setdefault(name, fmt) != fmt:
+    def __setitem__(self, name: str, entry: E) -> None:
+        if not isinstance(entry, self._kind) or entry.name != name:
+            given = f"the format {entry.name!r}" if isinstance(entry, self._kind) else f"a {type(entry).__name__}"
+            raise QCError("format.entry", f"{given} under the name {name!r}", next="give an entry under its own name")
+        if self._meant.setdefault(name, entry) != entry:
             raise QCError(
                 "format.redefined",
                 f"{name!r} means another format already",
                 why="packed weights, kernels and caches on disk are found by the name",
                 next="give the changed one a name of its own, or define it in a new process",
             )
-        super().__setitem__(name, fmt)
+        super().__setitem__(name, entry)
 
 
 def _table() -> list[Format]:
@@ -340,13 +344,13 @@ def _table() -> list[Format]:
     return formats
 
 
-FORMATS = Formats(_table())
+FORMATS = Registry(Format, _table())
 
 TINY = 2.0**-126  # smallest normal float32: below it division and kernels that flush subnormals go wrong
 
-SCALE_FORMATS: dict[str, ScaleFormat] = {
-    s.name: s
-    for s in (
+SCALE_FORMATS = Registry(
+    ScaleFormat,
+    (
         ScaleFormat("fp32", torch.float32, "float", TINY, torch.finfo(torch.float32).max, minimum=True),
         # 2**-24 is the smallest positive half; as float32 it is a normal number
         ScaleFormat("fp16", torch.float16, "float", 2.0**-24, torch.finfo(torch.float16).max, minimum=True),
@@ -355,5 +359,5 @@ SCALE_FORMATS: dict[str, ScaleFormat] = {
         ScaleFormat("pow2", torch.int8, "exponent", TINY, 2.0**127, nan=-128, inner=True),
         ScaleFormat("e4m3", torch.uint8, "element", 2.0**-9, 448.0, inner=True, outer=False),
         ScaleFormat("int8", torch.int8, "element", 1.0, 127.0, inner=True, outer=False),
-    )
-}
+    ),
+)

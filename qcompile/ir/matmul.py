@@ -304,7 +304,7 @@ def check_operands(
             where=str(spec),
             why=f"each of {len(spec.n)} weights has {spec.parts_per_segment} parts"
             + (f", a static activation {spec.act_parts}" if spec.act_parts else ""),
-            next="give what quantize(...) returned, one weight after the other, and a tensor for each letter of e=",
+            next="give what quantize(...) returned, one weight after the other, and a tensor for each word of e=",
         )
     check_float("qmm", "x", x.dtype)
     for i, extra in enumerate(extras):

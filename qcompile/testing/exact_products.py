@@ -50,7 +50,8 @@ def exact_product(spec: KernelSpec, m: int, n: int, k: int, seed: int = 0) -> Ex
     accumulator has room for.
 
     Raises:
-        QCError: `testing.exact` where there is no such problem: for segments and epilogues, for sizes that are too large.
+        QCError: `testing.exact` where there is no such problem: for segments and epilogues, for sizes below 1
+            and for sizes that are too large.
     """
     if min(m, n, k) < 1:
         raise QCError("testing.exact", f"a product of [{m}, {k}] and [{k}, {n}]", next="sizes are 1 or more")

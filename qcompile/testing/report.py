@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -48,9 +48,9 @@ class Report:
     threads: int
     whole: Counts
     loop: Counts
-    unwaited: tuple[str, ...] = field(repr=False)
-    options: Mapping[str, Any] = field(repr=False)
-    texts: Mapping[str, str] = field(repr=False)
+    unwaited: tuple[str, ...]
+    options: Mapping[str, Any]
+    texts: Mapping[str, str]
 
     @property
     def shared_limit(self) -> int:

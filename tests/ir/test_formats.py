@@ -239,3 +239,11 @@ def test_a_name_keeps_its_meaning() -> None:
         FORMATS["other"] = entry
     with pytest.raises(QCError, match="a tuple under the name"):
         FORMATS["pair"] = (-1.0, 1.0)  # type: ignore[assignment]
+
+
+def test_a_scale_format_keeps_its_meaning() -> None:
+    with pytest.raises(QCError, match="'fp16' means another format already"):
+        SCALE_FORMATS["fp16"] = ScaleFormat("fp16", torch.float16, "float", 2.0**-14, 65504.0)
+    with pytest.raises(QCError, match="a Format under the name 'int8'"):
+        SCALE_FORMATS["int8"] = FORMATS["int8"]  # type: ignore[assignment]
+    assert SCALE_FORMATS["fp16"].low == 2.0**-24
