@@ -9,6 +9,8 @@ caches key on it.
 | `qmm(x, parts, extras, spec)` | matmul with packed weights and an epilogue, see `MatmulSpec` |
 | `qembedding(ids, parts, scheme, n, k, dtype)` | rows of a packed table |
 | `decode(parts, scheme, n, k, dtype)` | the float weight `[n, k]` of packed parts |
+| `choose_qparams(x, scheme, fit)` | scales of a tensor, as constants, see `estimators` |
+| `fake_quant(x, scales, learned, scheme, estimator, fit, seed)` | x rounded, with an estimator's gradient |
 | `rotate(x, size, signs, inverse, dtype)` | blocks of the last dimension turned by a Hadamard matrix, see `hadamard.rotate` |
 """
 
@@ -23,6 +25,7 @@ import torch
 
 from qcompile.errors import QCError
 from qcompile.ir.codec import check_parts, dequantize, dequantize_rows
+from qcompile.ir.estimators import chosen_qparams, fake_quant
 from qcompile.ir.hadamard import check_rotation, rotate
 from qcompile.ir.matmul import OUT_DTYPES, MatmulSpec, check_float, check_operands, check_static, reference_qmm
 from qcompile.ir.scheme import Scheme
@@ -33,6 +36,9 @@ _SCHEMAS = (
     "qmm(Tensor x, Tensor[] parts, Tensor[] extras, str spec) -> Tensor",
     "qembedding(Tensor ids, Tensor[] parts, str scheme, int n, int k, ScalarType dtype) -> Tensor",
     "decode(Tensor[] parts, str scheme, int n, int k, ScalarType dtype) -> Tensor",
+    "choose_qparams(Tensor x, str scheme, str fit) -> Tensor[]",
+    "fit_qparams(Tensor x, str scheme, str fit) -> Tensor[]",
+    "fake_quant(Tensor x, Tensor[] scales, Tensor[] learned, str scheme, str estimator, str fit, int seed=0) -> Tensor",
     "rotate(Tensor x, int size, Tensor? signs=None, bool inverse=False, ScalarType? dtype=None) -> Tensor",
 )
 for _schema in _SCHEMAS:
@@ -142,6 +148,23 @@ def _rotate_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     return back, None, None, None, None
 
 
+def _choose_qparams(x: torch.Tensor, scheme: str, fit: str) -> list[torch.Tensor]:
+    """Spelled out where that computes the same bits. A search looks at values; and where a value is rounded to 16 bits
+    and read again in one loop, Inductor's C++ leaves the rounding out (2.13, `eliminate_to_dtype`). Those are an operator
+    of their own."""
+    what = Scheme.parse(scheme)
+    plain = all(scale.format.dtype.itemsize == 4 for scale in (what.scale, what.outer) if scale is not None)
+    if fit == "minmax" and plain:
+        return chosen_qparams(x, scheme, fit)
+    found: list[torch.Tensor] = torch.ops.qcompile.fit_qparams(x.detach(), scheme, fit)
+    return found
+
+
+def _fake_fit_qparams(x: torch.Tensor, scheme: str, fit: str) -> list[torch.Tensor]:
+    # Every fit returns what the closed form returns, in shape and dtype.
+    return chosen_qparams(x, scheme, "minmax")
+
+
 def _autocast_qmm(
     x: torch.Tensor, parts: Sequence[torch.Tensor], extras: Sequence[torch.Tensor], spec: str
 ) -> torch.Tensor:
@@ -187,11 +210,15 @@ for _name, _meaning, _meta in (
     ("qmm", qmm_reference, _fake_qmm),
     ("decode", _decode, _fake_decode),
     ("rotate", rotate, _fake_rotate),
+    ("fit_qparams", chosen_qparams, _fake_fit_qparams),
 ):
     LIBRARY.impl(_name, _meaning, "CompositeExplicitAutograd")
     torch.library.register_fake(f"qcompile::{_name}", _meta, lib=LIBRARY)
 # A lookup is gather and shifts: spelled out in the graph, Inductor makes one pointwise kernel of it.
 LIBRARY.impl("qembedding", _qembedding, "CompositeImplicitAutograd")
+# So are the roundings of training: their gradients are traced and fused with their surroundings.
+LIBRARY.impl("choose_qparams", _choose_qparams, "CompositeImplicitAutograd")
+LIBRARY.impl("fake_quant", fake_quant, "CompositeImplicitAutograd")
 for _key in _AUTOCAST_KEYS.values():
     LIBRARY.impl("qmm", _autocast_qmm, _key.name)
 torch.library.register_autograd("qcompile::qmm", _qmm_backward, setup_context=_qmm_setup, lib=LIBRARY)
