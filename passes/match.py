@@ -116,7 +116,7 @@ def insert(graph: fx.Graph, target: Callable[..., Any], *args: Any, like: fx.Nod
     """Add a call at the graph's insert point; source location from `like`, example value computed on
     fakes."""
     node = graph.call_function(target, args, kwargs)
-    for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "custom", ORIGIN):
+    for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "custom", ORIGIN, *compat.RECOMPUTE_MARKS):
         if key in like.meta:
             node.meta[key] = like.meta[key]
     values = fx.map_arg((args, kwargs), lambda n: value_of(n))

@@ -4,6 +4,7 @@ group_queries  decode attention reads keys and values where they lie
 canonicalize   every spelling of "activation times weight" becomes F.linear
 detect         sites, with a reason where nothing can be done
 resolve        the recipe names schemes, the lowerings say whether they pay
+fake_quant     weights that are trained are rounded where they are read
 merge          sites that read one input become one matmul
 freeze         weights are encoded once; packed tensors become inputs
 (AOTAutograd)  functional ATen graph
@@ -46,6 +47,7 @@ from qcompile.passes.late.pieces import Pieces
 from qcompile.passes.manager import PassManager
 from qcompile.passes.match import ORIGIN
 from qcompile.passes.rewrite.attention import GroupQueries
+from qcompile.passes.rewrite.fake_quant import FakeQuant
 from qcompile.passes.rewrite.merge import Merge
 from qcompile.passes.rewrite.resolve import Resolve, warn_notes
 from qcompile.plan.plan import Plan
@@ -59,6 +61,7 @@ DEFAULT_PASSES: tuple[Pass, ...] = (
     Canonicalize(),
     Detect(),
     Resolve(),
+    FakeQuant(),
     Merge(),
     Freeze(),
     Pieces(),

@@ -25,7 +25,6 @@ from qcompile.calls import Calls, Graph
 from qcompile.errors import QCError
 from qcompile.options import Options
 from qcompile.passes.base import PassContext
-from qcompile.passes.rewrite.resolve import training_notes
 from qcompile.plan.explanation import Explanation, Row, coverage
 from qcompile.plan.names import names_of, owner_of
 from qcompile.plan.plan import Decision
@@ -246,11 +245,11 @@ def _notes(contexts: list[PassContext], unused: dict[str, Rule], lines: Sequence
     """Remarks of all graphs, each once; weights that stay float for one common reason are counted."""
     notes: dict[str, None] = {}
     for number, ctx in enumerate(contexts):
-        training = training_notes(ctx.plan)
+        trained = sum(decision.trained for decision in ctx.plan)
         where = f"graph {number}: " if len(contexts) > 1 else ""
-        notes |= dict.fromkeys(where + note for note in ctx.plan.notes if note not in training)
-        if training:
-            notes[f"{where}{len(training)} weights stay float: autograd is recording, so they may be trained"] = None
+        notes |= dict.fromkeys(where + note for note in ctx.plan.notes)
+        if trained:
+            notes[f"{where}autograd is recording: {trained} weights stay float parameters and are rounded in every call"] = None
         if overruled := ctx.plan.overruled(ctx.recipe):
             notes[where + overruled] = None
     paths = {decision.site.path: None for ctx in contexts for decision in ctx.plan}

@@ -81,6 +81,7 @@ def _linear(index: int, node: fx.Node, scope: Scope) -> Site:
         bias=bias is not None,
         refused=_refusal(weight, w, node, scope) or _mixed(x, w, scope),
         device=_device(w),
+        trained=_trained(weight, node, scope),
     )
     if kind == "head" and weight is not None:
         drop_packed_before(site, scope.tensors(weight), scope.ctx)
@@ -126,6 +127,7 @@ def embedding(index: int, node: fx.Node, scope: Scope) -> Site:
         _dtype(w),
         refused=refused,
         device=_device(w),
+        trained=_trained(weight, node, scope),
     )
 
 
@@ -143,9 +145,11 @@ def _refusal(weight: Weight | None, operand: Any, node: fx.Node, scope: Scope) -
         return "a view of the packed weight that does not keep whole rows"
     if node in scope.transformed:
         return _TRANSFORMED
-    if node in scope.recorded and may_be_trained(weight, scope.ctx):
-        return "autograd is recording and this weight may be trained: use torch.no_grad() or inference_mode()"
     return ""
+
+
+def _trained(weight: Weight | None, node: fx.Node, scope: Scope) -> bool:
+    return weight is not None and node in scope.recorded and may_be_trained(weight, scope.ctx)
 
 
 def may_be_trained(weight: Weight, ctx: PassContext) -> bool:

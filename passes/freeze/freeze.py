@@ -42,7 +42,7 @@ class Freeze(Pass):
         groups: dict[int, list[fx.Node]] = {}
         for node in list(gm.graph.nodes):
             index = node.meta.get(SITE)
-            if index is None or op_name(node) not in ("linear", "embedding") or not ctx.plan.decisions[index].quantized:
+            if index is None or op_name(node) not in ("linear", "embedding") or not ctx.plan.decisions[index].packable:
                 continue
             group = ctx.plan.decisions[index].group
             if op_name(node) == "embedding":

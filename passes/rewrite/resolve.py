@@ -36,11 +36,12 @@ from qcompile.plan.recipe import Choice
 from qcompile.plan.site import Site
 
 PACKED = "packed by convert"
+TRAINED = "as it was trained"
+_FIXED = (PACKED, TRAINED)  # whatever is faster: other values would be another model
 NO_KERNEL = "no fast kernel"
 # What a strict user can do about a refusal, by words of its reason.
 _STEPS = {
     "dtype torch.float64": "convert the model with model.float(), or use strict=False",
-    "autograd is recording": "call the model under torch.inference_mode() or torch.no_grad()",
 }
 
 
@@ -67,7 +68,7 @@ class Resolve(Pass):
             weight = weight_of(argument(node, 1, "weight"), constants)
             assert weight is not None  # detect refuses sites without one
             shared = layouts.get(site.path) if site.kind == "embedding" else None
-            choice = _packed_for(ctx, node, _choose(ctx, site, weight), shared)
+            choice = _packed_for(ctx, node, _pinned(ctx, site, weight) or _choose(ctx, site, weight), shared)
             choices.append(choice)
             if choice.weight is not None and site.path:
                 layouts.setdefault(site.path, choice.weight.packing)
@@ -117,6 +118,18 @@ def _choose(ctx: PassContext, site: Site, weight: Weight) -> Choice:
         raise error.at(site.path or site.source) from error
 
 
+def _pinned(ctx: PassContext, site: Site, weight: Weight) -> Choice | None:
+    """What the weight was trained in with this recipe, which is what it is deployed in."""
+    if weight.packed is not None or site.trained:
+        return None
+    roots = [ctx.inputs[root.name] for root in weight.roots]
+    pin = ctx.pins.find(roots, weight.expression.text, site.kind, ctx.recipe.fingerprint())
+    if pin is None:
+        return None
+    rule = ctx.recipe.resolve(replace(site, weight_dtype=str(pin.weight)), packed=pin.weight).rule
+    return Choice(pin.weight, pin.act, rule, TRAINED, pin.fit)
+
+
 def _linears_of_buffers(graph: fx.Graph, ctx: PassContext) -> dict[int, Site]:
     """Refused contractions that would be a linear if the buffers in them were parameters, described as `F.linear` with
     that buffer is: `x @ buffer` is refused exactly where it is, with the same words."""
@@ -163,10 +176,6 @@ def _refuse(ctx: PassContext, site: Site, reason: str) -> None:
             why=reason,
             next=next((step for words, step in _STEPS.items() if words in reason), "use strict=False: it stays float"),
         )
-    if "autograd is recording" in reason:
-        message = f"{site.path}: {reason}"
-        if message not in ctx.plan.notes:
-            ctx.plan.notes.append(message)
 
 
 def _decide(ctx: PassContext, site: Site, choice: Choice, node: fx.Node) -> None:
@@ -175,7 +184,7 @@ def _decide(ctx: PassContext, site: Site, choice: Choice, node: fx.Node) -> None
     plan.decisions[site.index] = decision
     if choice.weight is None:
         return
-    if options.strict and choice.reason != PACKED:
+    if options.strict and choice.reason not in _FIXED:
         refuse_ragged(choice.weight, site.n, site.k, site.path or site.source)
     act = None if options.policy == "accuracy" else choice.act
     if act is not choice.act:
@@ -185,18 +194,18 @@ def _decide(ctx: PassContext, site: Site, choice: Choice, node: fx.Node) -> None
         return
     spec = MatmulSpec(choice.weight, (site.n,), site.k, act)
     dtype = getattr(torch, site.dtype)
-    # A graph whose number of rows is open serves few rows too, whatever the example had.
-    fixed = all(isinstance(size, int) for size in shape_of(argument(node, 0, "input")) or ())
+    # A graph whose number of rows is open serves few rows too, whatever the example had; so will a trained weight.
+    fixed = not site.trained and all(isinstance(size, int) for size in shape_of(argument(node, 0, "input")) or ())
     kernel = ctx.kernel(spec, node_device(node), dtype, site.m if fixed else None)
     if not kernel.found:
         reason = f"{NO_KERNEL} for {choice.weight}: {kernel.reason}"
         if options.strict:
             raise QCError("kernel.none", reason, where=site.path, next="choose another scheme or strict=False")
-        if options.policy == "speed" and choice.reason != PACKED:
+        if options.policy == "speed" and choice.reason not in _FIXED:
             plan.keep_float(site.index, f"{reason}; policy='memory' packs it anyway")
             return
         plan.update(site.index, kernel="reference", reason=reason)
-    elif kernel.slower_than_float and options.policy == "speed" and choice.reason != PACKED:
+    elif kernel.slower_than_float and options.policy == "speed" and choice.reason not in _FIXED:
         plan.keep_float(site.index, f"{kernel.name} would be slower than float here: {kernel.reason}")
     else:
         plan.update(site.index, kernel=kernel.name)
@@ -210,11 +219,6 @@ def _unwanted(decision: Decision, ctx: PassContext) -> bool:
     return site.kind not in ("bmm", "attention") and ctx.recipe.resolve(replace(site, kind="linear")).weight is not None
 
 
-def training_notes(plan: Plan) -> list[str]:
-    """Notes about weights that stay float because autograd records, one for each."""
-    return [note for note in plan.notes if "autograd is recording" in note]
-
-
 def warn_notes(ctx: PassContext) -> None:
     """Say once per compile what the user must know."""
     if overruled := ctx.plan.overruled(ctx.recipe):
@@ -224,13 +228,7 @@ def warn_notes(ctx: PassContext) -> None:
     for rule in ctx.plan.unused_rules if looked_at else ():
         if rule.path != "*":
             warn(f"recipe {ctx.recipe.name!r}: rule path={rule.path!r} matched no site of this graph{rule.hint(paths)}")
-    training = training_notes(ctx.plan)
     matmuls = [decision for decision in ctx.plan if decision.site.kind != "embedding"]
     lost = [decision.reason for decision in matmuls if _unwanted(decision, ctx)]
-    if lost and not training and not any(decision.quantized for decision in matmuls):
+    if lost and not any(decision.quantized for decision in matmuls):
         warn(f"recipe {ctx.recipe.name!r} quantizes no matmul of this graph: {lost[0]}")
-    if training:
-        warn(
-            f"{len(training)} weights stay float: autograd is recording, so they may be trained. "
-            "Call the model under torch.no_grad() or torch.inference_mode() for low-bit inference."
-        )

@@ -9,6 +9,13 @@ Callers say `compat.name()`: the modules inside are by subject and may change, t
 """
 
 from qcompile.compat.abi import load_operator, processor
+from qcompile.compat.checkpoints import (
+    RECOMPUTE_MARKS,
+    checkpoint_of,
+    is_selective,
+    mark_checkpoint,
+    mark_recomputed,
+)
 from qcompile.compat.cpp import (
     cpp_build,
     cpp_compiler,
@@ -86,12 +93,14 @@ from qcompile.compat.outlining import (
 from qcompile.compat.sizes import size_expression, size_hint, size_symbols, stride_hints
 
 __all__ = [
+    "RECOMPUTE_MARKS",
     "EagerFlops",
     "Fingerprint",
     "Gpu",
     "add_placeholder",
     "architecture",
     "capturing",
+    "checkpoint_of",
     "chosen_once",
     "clone_graph",
     "compile_example",
@@ -123,8 +132,11 @@ __all__ = [
     "inlined",
     "inner_compile",
     "is_fake",
+    "is_selective",
     "load_cpp_kernel",
     "load_operator",
+    "mark_checkpoint",
+    "mark_recomputed",
     "mm_e4m3",
     "mm_float32",
     "mm_int8",

@@ -1,0 +1,130 @@
+"""Round the weights that are trained, and the activations before them, in the graph.
+
+A weight that may get a gradient stays a float parameter. The plan is that of inference; here its decisions become
+`choose_qparams` and `fake_quant` in front of the site, with the arithmetic of the store, so that evaluating the model
+afterwards packs the very codes that training saw.
+
+What is as large as a weight or an activation is computed again in the backward pass instead of being kept: the nodes
+are marked as a checkpoint would mark them. The scales, which are small, are not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from qcompile import compat
+from qcompile.ir.scheme import PACKINGS, Scheme
+from qcompile.passes.base import Pass, PassContext
+from qcompile.passes.detect.sites import SITE
+from qcompile.passes.detect.weights import constant_nodes, weight_of
+from qcompile.passes.match import argument, insert, op_name, value_of
+from qcompile.plan.plan import Decision
+from qcompile.runtime.pins import Pin
+
+KERNEL = "fake_quant"
+
+
+class FakeQuant(Pass):
+    """Trained weights and their activations are rounded in the graph."""
+
+    name: ClassVar[str] = "fake_quant"
+    requires: ClassVar[tuple[str, ...]] = ("resolve",)
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> None:
+        work = _Rounder(gm.graph, ctx)
+        for node in list(gm.graph.nodes):
+            index = node.meta.get(SITE)
+            if index is None or not ctx.plan.decisions[index].trained:
+                continue
+            if op_name(node) == "linear":
+                work.matmul(node, ctx.plan.decisions[index])
+            elif op_name(node) == "embedding":
+                work.lookup(node, ctx.plan.decisions[index])
+
+
+@dataclass
+class _Rounder:
+    graph: fx.Graph
+    ctx: PassContext
+    rounded: dict[tuple[object, ...], fx.Node] = field(default_factory=dict)
+    counted: set[tuple[str, ...]] = field(default_factory=set)
+    constants: set[fx.Node] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.constants = constant_nodes(self.graph, self.ctx.inputs)
+
+    def matmul(self, node: fx.Node, decision: Decision) -> None:
+        x, weight = argument(node, 0, "input"), argument(node, 1, "weight")
+        assert decision.weight is not None
+        self.account(node, weight, decision)
+        _set(node, 1, "weight", self.round(node, weight, decision.weight, decision.fit))
+        if decision.act is not None:
+            _set(node, 0, "input", self.round(node, x, decision.act, "minmax"))
+
+    def lookup(self, node: fx.Node, decision: Decision) -> None:
+        """Rows are rounded after the lookup where each has scales of its own: a step reads few of a table's rows."""
+        table, scheme = argument(node, 1, "weight"), decision.weight
+        assert scheme is not None
+        self.account(node, table, decision)
+        if scheme.granularity.cell(2)[0] != 1 or scheme.rounding == "stochastic":
+            _set(node, 1, "weight", self.round(node, table, scheme, decision.fit))
+            return
+        after = node.next
+        with self.graph.inserting_before(after):
+            width = value_of(node).shape[-1]
+            rows = insert(self.graph, torch.reshape, node, (-1, width), like=node)
+            found = self.round(node, rows, scheme, decision.fit, before=after)
+            result = insert(self.graph, torch.reshape, found, tuple(value_of(node).shape), like=node)
+        node.replace_all_uses_with(result, delete_user_cb=lambda user: user is not rows)
+
+    def round(
+        self, node: fx.Node, operand: fx.Node, scheme: Scheme, fit: str, before: fx.Node | None = None
+    ) -> fx.Node:
+        """`operand`, rounded to `scheme` in front of `before` (the site itself by default)."""
+        text = str(replace(scheme, packing=PACKINGS[0]))
+        region = compat.checkpoint_of(node)
+        key = (operand, text, fit, region, operand in self.constants or node)
+        if key in self.rounded:
+            return self.rounded[key]
+        ops = torch.ops.qcompile
+        with self.graph.inserting_before(before or node):
+            scales = insert(self.graph, ops.choose_qparams.default, operand, text, fit, like=node)
+            rounded = insert(
+                self.graph, ops.fake_quant.default, operand, scales, [], text, "ste", fit, self.ctx.options.seed, like=node
+            )
+        compat.mark_recomputed(rounded)
+        self.rounded[key] = rounded
+        return rounded
+
+    def account(self, node: fx.Node, operand: fx.Node, decision: Decision) -> None:
+        """Write to the plan what the site became; bytes go to the first site that reads the parameters."""
+        weight = weight_of(operand, self.constants)
+        assert weight is not None and decision.weight is not None
+        names = tuple(root.name for root in weight.roots)
+        value = value_of(operand)
+        size = 0 if names in self.counted else value.numel() * value.element_size()
+        self.counted.add(names)
+        self.ctx.plan.update(
+            decision.site.index, packed=True, kernel=KERNEL, bytes_before=size, bytes_after=size
+        )
+        self.ctx.pins.pin(
+            [self.ctx.inputs[name] for name in names],
+            weight.expression.text,
+            decision.site.kind,
+            self.ctx.recipe.fingerprint(),
+            Pin(replace(decision.weight, packing=PACKINGS[0]), decision.act, decision.fit),
+        )
+
+
+def _set(node: fx.Node, position: int, name: str, value: Any) -> None:
+    if len(node.args) > position:
+        node.update_arg(position, value)
+    else:
+        node.update_kwarg(name, value)
+
+
+__all__ = ["KERNEL", "FakeQuant"]
