@@ -120,7 +120,8 @@ def insert(graph: fx.Graph, target: Callable[..., Any], *args: Any, like: fx.Nod
         if key in like.meta:
             node.meta[key] = like.meta[key]
     values = fx.map_arg((args, kwargs), lambda n: value_of(n))
-    with compat.fake_mode(graph):
+    # Nothing is recorded: what the user hangs on saved tensors is not for these.
+    with compat.fake_mode(graph), torch.no_grad():
         node.meta["example_value"] = target(*values[0], **values[1])
     return node
 

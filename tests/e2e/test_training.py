@@ -21,9 +21,12 @@ from qcompile.runtime.store import STORE
 from tests.e2e.models import MLP
 from tests.e2e.support import compiled
 
+# The first four also as a transposed product and as tables; all as a linear.
 SCHEMES = (
     "int8/g64:fp16",
     "uint4/g32:fp16+m",
+    "e2m1/g16:e4m3/tensor:fp32",
+    "int8/b16x16:fp32",
     "uint4/g32:bf16+m",
     "uint4/g128:fp16+z",
     "int4/axis0:fp32",
@@ -31,29 +34,30 @@ SCHEMES = (
     "int2/g32:fp16",
     "uint2/g16:fp16+m",
     "int6/tensor:fp32",
-    "int8/b16x16:fp32",
     "nf4/g64:fp16",
     "ternary/g32:fp16",
     "binary/axis0:fp32",
     "e4m3/axis0:fp32",
     "e3m2/g32:fp16",
     "e2m1/g32:e8m0",
-    "e2m1/g16:e4m3/tensor:fp32",
     "int4/g32:int8/axis0:fp16",
 )
+OTHERS = 4
 K, N = 72, 24  # no multiple of most groups
 
 
 class Zoo(nn.Module):
-    """A linear, a transposed product (HF's Conv1D), a table and a tied table for each scheme; what it returns is what
-    the graph reads as weights: products with the identity are exact."""
+    """Linears, transposed products (HF's Conv1D), tables and heads that share them. What it returns is what the graph
+    reads as weights: products with the identity are exact."""
 
     def __init__(self) -> None:
         super().__init__()
-        made = [torch.randn(N, K) * 0.1 for _ in range(3 * len(SCHEMES))]
-        self.linear, self.conv1d, self.table = (
-            nn.ParameterList(t.T.contiguous() if part == 1 else t for t in made[part :: 3]) for part in range(3)
-        )
+
+        def weights(count: int, shape: tuple[int, int]) -> nn.ParameterList:
+            return nn.ParameterList(torch.randn(shape) * 0.1 for _ in range(count))
+
+        self.linear, self.conv1d = weights(len(SCHEMES), (N, K)), weights(OTHERS, (K, N))
+        self.table = weights(OTHERS, (N, K))
 
     def forward(self, eye: Tensor, ids: Tensor) -> list[Tensor]:
         linear = [F.linear(eye, w).T for w in self.linear]
@@ -83,9 +87,10 @@ def test_evaluation_packs_what_training_saw() -> None:
         run(eye, ids)
     (ctx,) = trace.contexts
     packed = {(d.site.path, d.site.kind): d for d in ctx.plan}
-    assert len(packed) == 4 * len(SCHEMES) and all(d.quantized for d in ctx.plan)
-    names = [f"{kind}.{i}" for kind in ("linear", "conv1d", "table", "table") for i in range(len(SCHEMES))]
-    kinds = ["linear"] * 2 * len(SCHEMES) + ["embedding"] * len(SCHEMES) + ["head"] * len(SCHEMES)
+    assert len(packed) == len(SCHEMES) + 3 * OTHERS and all(d.quantized for d in ctx.plan)
+    names = [f"linear.{i}" for i in range(len(SCHEMES))]
+    names += [f"{kind}.{i}" for kind in ("conv1d", "table", "table") for i in range(OTHERS)]
+    kinds = ["linear"] * (len(SCHEMES) + OTHERS) + ["embedding"] * OTHERS + ["head"] * OTHERS
     entries = {(e.expression.where, str(e.scheme)): e for e in STORE}
     for name, kind, weight in zip(names, kinds, seen, strict=True):
         decision = packed[name, kind]
@@ -146,7 +151,8 @@ def test_the_scheme_stays_the_one_of_training() -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(64, 32, bias=False)), torch.randn(4, 64)
     with torch.no_grad():
-        model[0].weight.copy_(torch.randint(-7, 8, (32, 64)) / 8)
+        model[0].weight.copy_(torch.randint(-7, 9, (32, 64)) / 8)
+        model[0].weight[:, ::32], model[0].weight[:, 1::32] = -7 / 8, 1.0  # both ends in every group
     recipe = Recipe((Rule("uint4/g32:fp16+m", min_sqnr=30.0), Rule("int8/g64")), "by noise")
     run = compiled(model, recipe, policy="memory")
     with watching("reference") as trace:
