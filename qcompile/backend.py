@@ -4,9 +4,9 @@ group_queries  decode attention reads keys and values where they lie
 canonicalize   every spelling of "activation times weight" becomes F.linear
 detect         sites, with a reason where nothing can be done
 resolve        the recipe names schemes, the lowerings say whether they pay
-fake_quant     weights that are trained are rounded where they are read
 merge          sites that read one input become one matmul
 freeze         weights are encoded once; packed tensors become inputs
+fake_quant     weights that are trained are rounded where they are read
 (AOTAutograd)  functional ATen graph
 pieces         a merged matmul's results are read where they lie
 epilogue       bias, activation, gate and residual move into the matmul
@@ -61,9 +61,9 @@ DEFAULT_PASSES: tuple[Pass, ...] = (
     Canonicalize(),
     Detect(),
     Resolve(),
-    FakeQuant(),
     Merge(),
     Freeze(),
+    FakeQuant(),
     Pieces(),
     Epilogue(),
     Outline(),

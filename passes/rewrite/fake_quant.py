@@ -38,7 +38,7 @@ class FakeQuant(Pass):
         work = _Rounder(gm.graph, ctx)
         for node in list(gm.graph.nodes):
             index = node.meta.get(SITE)
-            if index is None or not ctx.plan.decisions[index].trained:
+            if index is None or not ctx.plan.decisions[index].trained or ctx.plan.decisions[index].packed:
                 continue
             if op_name(node) == "linear":
                 work.matmul(node, ctx.plan.decisions[index])
