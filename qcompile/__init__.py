@@ -12,7 +12,19 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from qcompile.api import Conversion, Explanation, compile, convert, default_passes, explain, load, refresh, save
+    from qcompile.api import (
+        Conversion,
+        Explanation,
+        Preparation,
+        compile,
+        convert,
+        default_passes,
+        explain,
+        load,
+        prepare,
+        refresh,
+        save,
+    )
     from qcompile.errors import QCError, QCWarning
     from qcompile.ir.scheme import Scheme
     from qcompile.options import Options
@@ -25,10 +37,12 @@ _HOMES = {
     "default_passes": "api",
     "explain": "api",
     "load": "api",
+    "prepare": "api",
     "refresh": "api",
     "save": "api",
     "Conversion": "api",
     "Explanation": "api",
+    "Preparation": "api",
     "QCError": "errors",
     "QCWarning": "errors",
     "Scheme": "ir.scheme",
@@ -60,6 +74,7 @@ __all__ = [
     "Options",
     "Pass",
     "PassContext",
+    "Preparation",
     "QCError",
     "QCWarning",
     "Recipe",
@@ -71,6 +86,7 @@ __all__ = [
     "default_passes",
     "explain",
     "load",
+    "prepare",
     "refresh",
     "save",
 ]

@@ -19,6 +19,7 @@ from qcompile.ledger import Explanation, explain
 from qcompile.options import Options
 from qcompile.passes.base import Stage
 from qcompile.plan.recipe import Recipe
+from qcompile.preparation import Preparation, prepare
 from qcompile.runtime.store import STORE
 from qcompile.serialize import load, save
 
@@ -96,11 +97,13 @@ __all__ = [
     "Conversion",
     "Explanation",
     "PassInfo",
+    "Preparation",
     "compile",
     "convert",
     "default_passes",
     "explain",
     "load",
+    "prepare",
     "refresh",
     "save",
 ]

@@ -119,7 +119,7 @@ def convert(model: nn.Module, recipe: Any = "auto", *, strict: bool = False) -> 
     """
     rules, done, kept = Recipe.of(recipe), [], []
     choices: dict[str, Choice] = {}
-    groups = _owners_by_weight(module_of(model))
+    groups = owners_by_weight(module_of(model))
     for weight, owners in groups:
         _check(weight, owners, rules, strict)
     others = list(_others(module_of(model), {id(weight) for weight, _ in groups}))
@@ -131,8 +131,8 @@ def convert(model: nn.Module, recipe: Any = "auto", *, strict: bool = False) -> 
         first = owners[0]
         refused = next((owner.refused for owner in owners if owner.refused), "")
         try:
-            site = _site(weight, owners)
-            choice = rules.resolve(site, None if refused else lambda: _rows(weight, first))  # noqa: B023
+            site = site_of(weight, owners)
+            choice = rules.resolve(site, None if refused else lambda: rows_of(weight, first))  # noqa: B023
         except QCError as error:
             raise error.at(first.path) from error
         choices[site.path] = choice
@@ -144,7 +144,7 @@ def convert(model: nn.Module, recipe: Any = "auto", *, strict: bool = False) -> 
         scheme = choice.weight
         if scheme.packing == PACKINGS[0]:
             scheme = replace(scheme, packing=inductor.packing(weight.device, choice.act))
-        parts = quantize(_rows(weight, first), scheme, fit=choice.fit)
+        parts = quantize(rows_of(weight, first), scheme, fit=choice.fit)
         warn_clamped(parts, scheme, first.n, first.path)
         act = str(choice.act) if choice.act is not None else ""
         before = weight.numel() * weight.element_size()
@@ -175,14 +175,14 @@ def convert(model: nn.Module, recipe: Any = "auto", *, strict: bool = False) -> 
 def _check(weight: torch.Tensor, owners: Sequence[_Owner], rules: Recipe, strict: bool) -> None:
     """Raise what `convert` would raise for a weight, before any other one has been given up."""
     first, refused = owners[0], next((owner.refused for owner in owners if owner.refused), "")
-    choice = rules.resolve(_site(weight, owners))
+    choice = rules.resolve(site_of(weight, owners))
     if choice.weight is None:
         return
     if refused and strict:
         raise QCError("convert.strict", "weight cannot be converted", where=first.path, why=refused)
     if not refused:
         try:
-            refuse_nonfinite(_rows(weight, first))
+            refuse_nonfinite(rows_of(weight, first))
         except QCError as error:
             raise error.at(first.path) from error
 
@@ -208,7 +208,7 @@ def keeps_transposed(module: nn.Module) -> bool:
 _IN_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
-def _owners_by_weight(model: nn.Module) -> list[tuple[torch.Tensor, list[_Owner]]]:
+def owners_by_weight(model: nn.Module) -> list[tuple[torch.Tensor, list[_Owner]]]:
     """Every candidate weight with all modules that hold it; one that cannot be converted carries a reason."""
     groups: dict[int, tuple[torch.Tensor, list[_Owner]]] = {}
     others: dict[int, str] = {}  # parameters in other places: packing them there would untie what is tied
@@ -281,11 +281,11 @@ def _others(model: nn.Module, seen: set[int]) -> Iterator[tuple[str, str]]:
                 yield f"{path}.{name}" if path else name, reason
 
 
-def _rows(weight: torch.Tensor, owner: _Owner) -> torch.Tensor:
+def rows_of(weight: torch.Tensor, owner: _Owner) -> torch.Tensor:
     return weight.detach().t() if owner.transposed else weight.detach()
 
 
-def _site(weight: torch.Tensor, owners: Sequence[_Owner]) -> Site:
+def site_of(weight: torch.Tensor, owners: Sequence[_Owner]) -> Site:
     """The site that the backend would see; a table that is also multiplied with follows the head's rule."""
     first = owners[0]
     looked_up = any(isinstance(owner.module, nn.Embedding) for owner in owners)

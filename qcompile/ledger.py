@@ -249,7 +249,9 @@ def _notes(contexts: list[PassContext], unused: dict[str, Rule], lines: Sequence
         where = f"graph {number}: " if len(contexts) > 1 else ""
         notes |= dict.fromkeys(where + note for note in ctx.plan.notes)
         if trained:
-            notes[f"{where}autograd is recording: {trained} weights stay float parameters and are rounded in every call"] = None
+            notes[
+                f"{where}autograd is recording: {trained} weights stay float parameters and are rounded in every call"
+            ] = None
         if overruled := ctx.plan.overruled(ctx.recipe):
             notes[where + overruled] = None
     paths = {decision.site.path: None for ctx in contexts for decision in ctx.plan}

@@ -143,6 +143,8 @@ def _refusal(weight: Weight | None, operand: Any, node: fx.Node, scope: Scope) -
         return f"the weight has dtype {value.dtype}"
     if weight.packed is not None and packed_rows(weight) is None:
         return "a view of the packed weight that does not keep whole rows"
+    if weight.rounded is not None and packed_rows(weight) != (0, shape_of(weight.rounded)[0]):  # type: ignore[index]
+        return "a view of the rounded weight that does not keep all of its rows"
     if node in scope.transformed:
         return _TRANSFORMED
     return ""

@@ -17,6 +17,8 @@ import torch
 from torch import fx
 
 from qcompile import compat
+from qcompile.errors import QCError
+from qcompile.ir.estimators import estimator_of
 from qcompile.ir.scheme import PACKINGS, Scheme
 from qcompile.passes.base import Pass, PassContext
 from qcompile.passes.detect.sites import SITE
@@ -60,57 +62,80 @@ class _Rounder:
     def matmul(self, node: fx.Node, decision: Decision) -> None:
         x, weight = argument(node, 0, "input"), argument(node, 1, "weight")
         assert decision.weight is not None
-        self.account(node, weight, decision)
-        _set(node, 1, "weight", self.round(node, weight, decision.weight, decision.fit))
+        if self.account(node, weight, decision):
+            _set(node, 1, "weight", self.round(node, weight, decision.weight, decision))
         if decision.act is not None:
-            _set(node, 0, "input", self.round(node, x, decision.act, "minmax"))
+            _set(node, 0, "input", self.round(node, x, decision.act))
 
     def lookup(self, node: fx.Node, decision: Decision) -> None:
         """Rows are rounded after the lookup where each has scales of its own: a step reads few of a table's rows."""
         table, scheme = argument(node, 1, "weight"), decision.weight
         assert scheme is not None
-        self.account(node, table, decision)
+        if not self.account(node, table, decision):
+            return
         if scheme.granularity.cell(2)[0] != 1 or scheme.rounding == "stochastic":
-            _set(node, 1, "weight", self.round(node, table, scheme, decision.fit))
+            _set(node, 1, "weight", self.round(node, table, scheme, decision))
             return
         after = node.next
         with self.graph.inserting_before(after):
             width = value_of(node).shape[-1]
             rows = insert(self.graph, torch.reshape, node, (-1, width), like=node)
-            found = self.round(node, rows, scheme, decision.fit, before=after)
+            found = self.round(node, rows, scheme, decision, before=after)
             result = insert(self.graph, torch.reshape, found, tuple(value_of(node).shape), like=node)
         node.replace_all_uses_with(result, delete_user_cb=lambda user: user is not rows)
 
     def round(
-        self, node: fx.Node, operand: fx.Node, scheme: Scheme, fit: str, before: fx.Node | None = None
+        self,
+        node: fx.Node,
+        operand: fx.Node,
+        scheme: Scheme,
+        weight: Decision | None = None,
+        before: fx.Node | None = None,
     ) -> fx.Node:
-        """`operand`, rounded to `scheme` in front of `before` (the site itself by default)."""
+        """`operand`, rounded to `scheme` in front of `before` (the site itself by default); `weight` is the decision about
+        it, if it is one."""
         text = str(replace(scheme, packing=PACKINGS[0]))
+        fit, estimator = (weight.fit, weight.estimator) if weight is not None else ("minmax", "ste")
         region = compat.checkpoint_of(node)
-        key = (operand, text, fit, region, operand in self.constants or node)
+        key = (operand, text, fit, estimator, region, operand in self.constants or node)
         if key in self.rounded:
             return self.rounded[key]
         ops = torch.ops.qcompile
         with self.graph.inserting_before(before or node):
             scales = insert(self.graph, ops.choose_qparams.default, operand, text, fit, like=node)
+            seed = self.ctx.options.seed
             rounded = insert(
-                self.graph, ops.fake_quant.default, operand, scales, [], text, "ste", fit, self.ctx.options.seed, like=node
+                self.graph, ops.fake_quant.default, operand, scales, [], text, estimator, fit, seed, like=node
             )
         compat.mark_recomputed(rounded)
         self.rounded[key] = rounded
         return rounded
 
-    def account(self, node: fx.Node, operand: fx.Node, decision: Decision) -> None:
-        """Write to the plan what the site became; bytes go to the first site that reads the parameters."""
+    def account(self, node: fx.Node, operand: fx.Node, decision: Decision) -> bool:
+        """Write to the plan what the site became; bytes go to the first site that reads the parameters.
+
+        Returns:
+            Whether the weight is still to be rounded: one that was prepared is rounded by the model itself.
+        """
         weight = weight_of(operand, self.constants)
-        assert weight is not None and decision.weight is not None
+        assert weight is not None
+        assert decision.weight is not None
         names = tuple(root.name for root in weight.roots)
         value = value_of(operand)
         size = 0 if names in self.counted else value.numel() * value.element_size()
         self.counted.add(names)
-        self.ctx.plan.update(
-            decision.site.index, packed=True, kernel=KERNEL, bytes_before=size, bytes_after=size
-        )
+        self.ctx.plan.update(decision.site.index, packed=True, kernel=KERNEL, bytes_before=size, bytes_after=size)
+        if weight.rounded is not None:
+            compat.mark_recomputed(weight.rounded)
+            return False
+        if learned := estimator_of(decision.estimator).learned:
+            raise QCError(
+                "train.prepare",
+                f"estimator {decision.estimator!r} learns a {' and a '.join(learned)} for {decision.weight}",
+                where=decision.site.path,
+                why="the optimizer must hold it, and the module has none",
+                next="call qcompile.prepare(model, recipe) before the optimizer is made and before the first call",
+            )
         self.ctx.pins.pin(
             [self.ctx.inputs[name] for name in names],
             weight.expression.text,
@@ -118,6 +143,7 @@ class _Rounder:
             self.ctx.recipe.fingerprint(),
             Pin(replace(decision.weight, packing=PACKINGS[0]), decision.act, decision.fit),
         )
+        return True
 
 
 def _set(node: fx.Node, position: int, name: str, value: Any) -> None:

@@ -7,6 +7,7 @@ at this graph's number of rows; `memory` packs whatever can be packed; `accuracy
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from typing import ClassVar
 
@@ -31,13 +32,14 @@ from qcompile.passes.detect.weights import (
     why_not_constant,
 )
 from qcompile.passes.match import argument, op_name, shape_of, transformed
-from qcompile.plan.plan import Decision, Plan
+from qcompile.plan.plan import Decision
 from qcompile.plan.recipe import Choice
 from qcompile.plan.site import Site
 
 PACKED = "packed by convert"
+PREPARED = "prepared"
 TRAINED = "as it was trained"
-_FIXED = (PACKED, TRAINED)  # whatever is faster: other values would be another model
+_FIXED = (PACKED, PREPARED, TRAINED)  # whatever is faster: other values would be another model
 NO_KERNEL = "no fast kernel"
 # What a strict user can do about a refusal, by words of its reason.
 _STEPS = {
@@ -107,11 +109,11 @@ def _even(k: int, length: int) -> str:
 
 
 def _choose(ctx: PassContext, site: Site, weight: Weight) -> Choice:
-    if weight.packed is not None:
-        # The scheme was fixed when the weight was given up; the recipe may still ask for low-bit activations.
-        fixed = Scheme.parse(str(weight.packed.args[1]))
+    if weight.scheme:
+        # It was fixed when the weight was given up, or prepared; the recipe may still ask for low-bit activations.
+        fixed = Scheme.parse(weight.scheme)
         choice = ctx.recipe.resolve(replace(site, weight_dtype=str(fixed)), packed=fixed)
-        return replace(choice, weight=fixed, act=choice.act, reason=PACKED)
+        return replace(choice, weight=fixed, reason=PREPARED if weight.packed is None else PACKED, min_sqnr=-math.inf)
     try:
         return ctx.recipe.resolve(site, lambda: real_weight(weight, ctx))
     except QCError as error:
@@ -120,7 +122,7 @@ def _choose(ctx: PassContext, site: Site, weight: Weight) -> Choice:
 
 def _pinned(ctx: PassContext, site: Site, weight: Weight) -> Choice | None:
     """What the weight was trained in with this recipe, which is what it is deployed in."""
-    if weight.packed is not None or site.trained:
+    if weight.scheme or site.trained:
         return None
     roots = [ctx.inputs[root.name] for root in weight.roots]
     pin = ctx.pins.find(roots, weight.expression.text, site.kind, ctx.recipe.fingerprint())
@@ -180,7 +182,15 @@ def _refuse(ctx: PassContext, site: Site, reason: str) -> None:
 
 def _decide(ctx: PassContext, site: Site, choice: Choice, node: fx.Node) -> None:
     plan, options = ctx.plan, ctx.options
-    decision = Decision(site, choice.weight, choice.act, choice.fit, reason=choice.reason, min_sqnr=choice.min_sqnr)
+    decision = Decision(
+        site,
+        choice.weight,
+        choice.act,
+        choice.fit,
+        reason=choice.reason,
+        min_sqnr=choice.min_sqnr,
+        estimator=choice.estimator,
+    )
     plan.decisions[site.index] = decision
     if choice.weight is None:
         return

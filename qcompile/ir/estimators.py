@@ -4,11 +4,11 @@ Rounding has no useful derivative, so training puts an estimate in its place. An
 else: values always come from the codec, `decode(encode(x))`, so that what training saw is what inference packs, bit for
 bit. Gradients are plain torch too; they are traced into the graph of the backward pass and fused by the compiler.
 
-| estimator | learned | gradient of x | gradient of what is learned |
-|---|---|---|---|
-| `ste` | nothing | passes where x is inside the range, 0 outside (Bengio et al. 2013, arXiv 1308.3432) | |
-| `lsq` | step | as `ste` | sum over a cell of g (level - x / s) inside, g level outside, times 1 / sqrt(n Q) (Esser et al. 2020, arXiv 1902.08153, eq. 3 and section 2.2) |
-| `pact` | clip | passes where abs(x) is below the clip | sum of g sign(x) where it is not (Choi et al. 2018, arXiv 1805.06085, eq. 3) |
+* `ste` learns nothing: the gradient passes where x is inside the range and is 0 outside (Bengio et al. 2013, arXiv 1308.3432).
+* `lsq` learns the step. x as `ste`; the step gets the sum over its cell of g (level - x / s) inside and g level outside, times
+  1 / sqrt(n Q) (Esser et al. 2020, arXiv 1902.08153, equation 3 and section 2.2).
+* `pact` learns where to clip. The gradient of x passes where |x| is below the clip, which gets the sum of g sign(x) where it
+  is not (Choi et al. 2018, arXiv 1805.06085, equation 3).
 
 Scales are chosen apart from rounding (`choose_qparams`): they are small and may be saved for the backward pass, while what
 is as large as the weight is computed again there.
@@ -75,9 +75,13 @@ class Estimator:
     name: str = ""
     learned: tuple[str, ...] = ()
 
-    def qparams(self, scheme: Scheme, chosen: QParams, learned: Sequence[Tensor], ndim: int) -> QParams:
-        """The scales to round with; the chosen ones by default. Must not depend on anything but its arguments."""
-        return chosen
+    def learned_qparams(self, scheme: Scheme, learned: Sequence[Tensor], ndim: int) -> QParams:
+        """The scales that learned tensors stand for; they depend on nothing else."""
+        raise NotImplementedError
+
+    def start(self, scheme: Scheme, scale: Tensor) -> tuple[Tensor, ...]:
+        """Learned tensors (float32) to begin with, from the scales (float32) that would be chosen."""
+        return ()
 
     def backward(self, grad: Tensor, at: Estimate) -> tuple[Tensor, ...]:
         """Gradient of x, then of each learned tensor, from the gradient of the result (float32, of x's shape)."""
@@ -102,8 +106,11 @@ class LearnedStep(Estimator):
     name = "lsq"
     learned = ("step",)
 
-    def qparams(self, scheme: Scheme, chosen: QParams, learned: Sequence[Tensor], ndim: int) -> QParams:
+    def learned_qparams(self, scheme: Scheme, learned: Sequence[Tensor], ndim: int) -> QParams:
         return QParams(stored_step(learned[0], scheme))
+
+    def start(self, scheme: Scheme, scale: Tensor) -> tuple[Tensor, ...]:
+        return (scale.clone(),)
 
     def backward(self, grad: Tensor, at: Estimate) -> tuple[Tensor, ...]:
         inside, cell = at.inside, at.scheme.granularity.cell(at.x.dim())
@@ -118,8 +125,11 @@ class LearnedClip(Estimator):
     name = "pact"
     learned = ("clip",)
 
-    def qparams(self, scheme: Scheme, chosen: QParams, learned: Sequence[Tensor], ndim: int) -> QParams:
+    def learned_qparams(self, scheme: Scheme, learned: Sequence[Tensor], ndim: int) -> QParams:
         return QParams(stored_step(learned[0] / scheme.format.max, scheme))
+
+    def start(self, scheme: Scheme, scale: Tensor) -> tuple[Tensor, ...]:
+        return (scale * scheme.format.max,)
 
     def backward(self, grad: Tensor, at: Estimate) -> tuple[Tensor, ...]:
         cell = at.scheme.granularity.cell(at.x.dim())
@@ -179,7 +189,17 @@ def why_not_learned(scheme: Scheme) -> str:
 
 def stored_step(step: Tensor, scheme: Scheme) -> Tensor:
     """A learned step in the form in which scales are stored: positive, at least the smallest that the form has."""
-    return store_scale(torch.clamp(step.to(torch.float32), min=scheme.scale.format.low), scheme.scale.format)
+    if scheme.scale.format.dtype == torch.float32:
+        return rounded_step(step, str(scheme))
+    # An operator of its own: see `ops._choose_qparams`.
+    found: Tensor = torch.ops.qcompile.stored_step(step, str(scheme))
+    return found
+
+
+def rounded_step(step: Tensor, scheme: str) -> Tensor:
+    """The plain-torch meaning of `stored_step`; contiguous."""
+    fmt = Scheme.parse(scheme).scale.format
+    return store_scale(torch.clamp(step.detach().to(torch.float32), min=fmt.low), fmt).contiguous()
 
 
 def reach(fmt: Format) -> tuple[float, float]:
@@ -199,10 +219,10 @@ def spans(scheme: Scheme, fit: str) -> bool:
     mx = scale.format.name == "e8m0" and fmt.kind != "table"  # the OCP rule lets large values saturate
     if mx or (scheme.outer is not None and scale.format.kind != "float"):
         return False
-    error = {"float": torch.finfo(scale.format.dtype).eps} if scale.format.kind == "float" else {"exponent": 0.0}
+    # A stored scale is smaller than the wanted one by at most this share of it.
+    error = torch.finfo(scale.format.dtype).eps / 2 if scale.format.kind == "float" else 0.0  # powers of two round up
     low, high = reach(fmt)
-    limit = min(high / fmt.max, -low / fmt.max)
-    return 1.0 + error.get(scale.format.kind, math.inf) <= limit
+    return fmt.max / (1 - error) <= min(high, -low)
 
 
 def pack_qparams(qparams: QParams) -> list[Tensor]:
@@ -257,12 +277,13 @@ def fake_quant(
             why=f"it learns {', '.join(how.learned) or 'nothing'}, and takes scales otherwise",
             next="call qcompile.prepare(model, ...) before compiling, which registers them",
         )
-    return _FakeQuant.apply(x, what, how, fit, seed, len(scales), *scales, *learned)
+    result: Tensor = _FakeQuant.apply(x, what, how, fit, seed, len(scales), *scales, *learned)  # type: ignore[no-untyped-call]
+    return result
 
 
 class _FakeQuant(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, scheme: Scheme, how: Estimator, fit: str, seed: int, count: int, *tensors: Tensor
     ) -> Tensor:
         ctx.how, ctx.scheme, ctx.fit, ctx.seed, ctx.count, ctx.dtype = how, scheme, fit, seed, count, x.dtype
@@ -274,7 +295,7 @@ class _FakeQuant(torch.autograd.Function):
         return decode(codes, scheme, qparams, x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         if ctx.covered:
             return grad, *[None] * 5, *[None] * ctx.count
         x, *tensors = ctx.saved_tensors
@@ -285,14 +306,10 @@ class _FakeQuant(torch.autograd.Function):
 
 
 def _qparams(how: Estimator, scheme: Scheme, tensors: Sequence[Tensor], count: int, ndim: int) -> QParams:
-    learned = tensors[count:]
-    chosen = unpack_qparams(tensors[:count], scheme, ndim) if count else QParams(learned[0])
-    return how.qparams(scheme, chosen, learned, ndim)
+    return how.learned_qparams(scheme, tensors, ndim) if how.learned else unpack_qparams(tensors[:count], scheme, ndim)
 
 
-def _estimate(
-    x: Tensor, how: Estimator, scheme: Scheme, tensors: Sequence[Tensor], count: int, seed: int
-) -> Estimate:
+def _estimate(x: Tensor, how: Estimator, scheme: Scheme, tensors: Sequence[Tensor], count: int, seed: int) -> Estimate:
     """Everything about one rounding, computed again from x and its scales."""
     qparams = _qparams(how, scheme, tensors, count, x.dim())
     cell = scheme.granularity.cell(x.dim())

@@ -25,7 +25,7 @@ import torch
 
 from qcompile.errors import QCError
 from qcompile.ir.codec import check_parts, dequantize, dequantize_rows
-from qcompile.ir.estimators import chosen_qparams, fake_quant
+from qcompile.ir.estimators import chosen_qparams, fake_quant, rounded_step
 from qcompile.ir.hadamard import check_rotation, rotate
 from qcompile.ir.matmul import OUT_DTYPES, MatmulSpec, check_float, check_operands, check_static, reference_qmm
 from qcompile.ir.scheme import Scheme
@@ -38,6 +38,7 @@ _SCHEMAS = (
     "decode(Tensor[] parts, str scheme, int n, int k, ScalarType dtype) -> Tensor",
     "choose_qparams(Tensor x, str scheme, str fit) -> Tensor[]",
     "fit_qparams(Tensor x, str scheme, str fit) -> Tensor[]",
+    "stored_step(Tensor step, str scheme) -> Tensor",
     "fake_quant(Tensor x, Tensor[] scales, Tensor[] learned, str scheme, str estimator, str fit, int seed=0) -> Tensor",
     "rotate(Tensor x, int size, Tensor? signs=None, bool inverse=False, ScalarType? dtype=None) -> Tensor",
 )
@@ -211,6 +212,7 @@ for _name, _meaning, _meta in (
     ("decode", _decode, _fake_decode),
     ("rotate", rotate, _fake_rotate),
     ("fit_qparams", chosen_qparams, _fake_fit_qparams),
+    ("stored_step", rounded_step, rounded_step),
 ):
     LIBRARY.impl(_name, _meaning, "CompositeExplicitAutograd")
     torch.library.register_fake(f"qcompile::{_name}", _meta, lib=LIBRARY)

@@ -32,6 +32,7 @@ class Decision:
         sqnr: weight signal-to-noise ratio in dB, `None` when not measured.
         group: index of the merge group (sites that became one matmul), or -1.
         min_sqnr: the signal-to-noise ratio (dB) that the recipe's rule asks the weight to keep.
+        estimator: the gradient at the site's roundings, where it is trained.
         packed: whether a pass gave the site packed (or, in training, rounded) operands; a decision alone changes nothing.
         entry: the store's packed weight behind the site, if the store holds it; a weight that `convert` packed is the
             module's own.
@@ -48,6 +49,7 @@ class Decision:
     sqnr: float | None = None
     group: int = -1
     min_sqnr: float = -math.inf
+    estimator: str = "ste"
     packed: bool = False
     entry: Entry | None = field(default=None, compare=False, repr=False)
 

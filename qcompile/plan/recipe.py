@@ -19,6 +19,7 @@ import torch
 
 from qcompile.errors import QCError, suggest
 from qcompile.ir.codec import dequantize, quantize
+from qcompile.ir.estimators import estimator_of
 from qcompile.ir.fit import FITS, why_unfit
 from qcompile.ir.granularity import PerGroup, PerTensor, PerToken
 from qcompile.ir.noise import ratio_db
@@ -46,6 +47,8 @@ class Rule:
             scales that span its range; otherwise the next rules are tried.
         fit: how the weight's scales are chosen: "minmax" spans its range, "mse" searches for the smallest squared error.
         device: "cpu" or "gpu"; "" for both.
+        estimator: the gradient at the roundings of training, see `qcompile.ir.estimators`; one that learns scales needs
+            `qcompile.prepare`.
     """
 
     weight: Scheme | None
@@ -56,6 +59,7 @@ class Rule:
     min_sqnr: float = -math.inf
     fit: str = "minmax"
     device: str = ""
+    estimator: str = "ste"
 
     def __post_init__(self) -> None:
         for name in FIELDS:
@@ -80,6 +84,10 @@ class Rule:
                 f"unknown device {self.device!r}{suggest(self.device, DEVICES)}",
                 next=f"use {' or '.join(map(repr, DEVICES))}, or leave it out",
             )
+        try:
+            estimator_of(self.estimator)
+        except QCError as error:
+            raise error.at("estimator") from None
         for kind in self.kind or ("",):
             if kind not in _WEIGHTS:
                 known = kind in KINDS
@@ -155,6 +163,7 @@ class Choice:
     reason: str = ""
     fit: str = "minmax"
     min_sqnr: float = -math.inf
+    estimator: str = "ste"
 
 
 @dataclass(frozen=True)
@@ -205,7 +214,7 @@ class Recipe:
                     continue
             act = rule.act if site.kind in _MATMULS else None
             reason = passed_over if rule.weight else f"rule {index} keeps it float"
-            return Choice(rule.weight, act, index, reason, rule.fit, rule.min_sqnr)
+            return Choice(rule.weight, act, index, reason, rule.fit, rule.min_sqnr, rule.estimator)
         return Choice(None, None, -1, passed_over or f"no rule of recipe {self.name!r} matches")
 
     def asks(self, site: Site) -> tuple[Scheme | None, ...]:

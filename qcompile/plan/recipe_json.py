@@ -77,6 +77,7 @@ FIELDS: Mapping[str, tuple[Callable[[object], Any], str]] = {
     "min_sqnr": (_decibels, "a number of decibels such as 30.0, or 'inf' for weights that are exact"),
     "fit": (_text, " or ".join(map(repr, FITS))),
     "device": (_text, "'cpu' or 'gpu', or '' for both"),
+    "estimator": (_text, "the name of an estimator such as 'ste' or 'lsq'"),
 }
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from qcompile import QCError, prepare
 from qcompile.backend import watching
 from qcompile.ir.codec import dequantize, quantize
 from qcompile.ir.fit import why_unfit
@@ -87,7 +88,8 @@ def test_evaluation_packs_what_training_saw() -> None:
         run(eye, ids)
     (ctx,) = trace.contexts
     packed = {(d.site.path, d.site.kind): d for d in ctx.plan}
-    assert len(packed) == len(SCHEMES) + 3 * OTHERS and all(d.quantized for d in ctx.plan)
+    assert len(packed) == len(SCHEMES) + 3 * OTHERS
+    assert all(d.quantized for d in ctx.plan)
     names = [f"linear.{i}" for i in range(len(SCHEMES))]
     names += [f"{kind}.{i}" for kind in ("conv1d", "table", "table") for i in range(OTHERS)]
     kinds = ["linear"] * (len(SCHEMES) + OTHERS) + ["embedding"] * OTHERS + ["head"] * OTHERS
@@ -164,8 +166,8 @@ def test_the_scheme_stays_the_one_of_training() -> None:
             fresh = compiled(nn.Sequential(copy.deepcopy(model[0])), recipe, policy="memory")
             fresh(x)
     trained, deployed, other = (next(iter(ctx.plan)) for ctx in trace.contexts)
-    assert str(trained.weight).startswith("uint4/g32") and trained.trained
-    assert str(deployed.weight).startswith("uint4/g32") and deployed.reason == "as it was trained"
+    assert (trained.weight.format.name, trained.trained) == ("uint4", True)
+    assert (deployed.weight.format.name, deployed.reason) == ("uint4", "as it was trained")
     assert str(other.weight).startswith("int8/g64")
 
 
@@ -243,3 +245,75 @@ class Cases(nn.Module):
         if self.case == "break":
             torch._dynamo.graph_break()
         return self.second(x)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.inner = nn.Embedding(48, 64), MLP(bias=True)
+        self.head = nn.Linear(64, 48, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.inner(self.table(ids)))
+
+
+@pytest.mark.parametrize(("scheme", "estimator"), [("int4/g32:fp16", "lsq"), ("int3/axis0:fp32", "pact")])
+def test_learned_scales(scheme: str, estimator: str) -> None:
+    """They get the gradients of the plain-torch meaning, move with the optimizer, and evaluation packs with them."""
+    torch.manual_seed(0)
+    model, ids = Tied(), torch.randint(0, 48, (3, 5))
+    report = prepare(model, scheme, estimator=estimator)
+    assert len(report.weights) == 5
+    assert sum("original" not in name and "parametrizations" in name for name, _ in model.named_parameters()) == 4
+    grads = []
+    for mode in ("reference", "compiled"):
+        torch._dynamo.reset()
+        model.zero_grad()
+        with watching(mode) as trace:
+            compiled(model, scheme, policy="memory")(ids).square().sum().backward()
+        assert all(d.trained and d.reason == "prepared" for d in trace.contexts[0].plan)
+        grads.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*grads, strict=True):
+        # Sums of up to 96 products in other orders, four layers deep.
+        assert (a - b).abs().max() <= 4 * 96 * 2.0**-23 * (b.abs().max() + 1) * 8
+    run = compiled(model, scheme, policy="memory")
+    torch.optim.AdamW(model.parameters(), lr=0.01).step()
+    with torch.no_grad(), watching("reference") as trace:
+        y = run(ids)
+    assert all(d.packable and d.packed for d in trace.contexts[0].plan)
+    weights = [m.parametrizations.weight for m in model.modules() if hasattr(m, "parametrizations")]
+    entries = [e for e in STORE if e.encoding.estimator == estimator]
+    decoded = [entry.decoded() for entry in entries]
+    for held in weights:
+        assert any(torch.equal(held(), d) for d in decoded)
+    with torch.no_grad():
+        assert torch.equal(y, model(ids))  # eager: the parametrization itself
+
+
+def test_learned_scales_need_prepare() -> None:
+    model = nn.Sequential(nn.Linear(32, 32))
+    recipe = Recipe((Rule("int4/g32:fp16", estimator="lsq"),), "learned")
+    with pytest.raises(QCError, match=r"'lsq' learns a step[^$]*0\.weight[^$]*qcompile\.prepare"):
+        compiled(model, recipe, policy="memory")(torch.randn(2, 32))
+    prepare(model, recipe)
+    torch._dynamo.reset()
+    with watching("reference"):
+        compiled(model, recipe, policy="memory")(torch.randn(2, 32)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "estimator", "words"),
+    [
+        ("uint4/g32:fp16+m", "lsq", "scales of uint4/g32:fp16.m cannot be learned[^$]*0.weight[^$]*minimum"),
+        ("int4/g32:fp16", "ste", "'ste' learns nothing"),
+        ("int4/g32:fp16", "lsqq", "unknown estimator"),
+        ("e2m1/g16:e4m3/tensor:fp32", "lsq", "nested"),
+    ],
+)
+def test_what_cannot_be_prepared(recipe: str, estimator: str, words: str) -> None:
+    model = nn.Sequential(nn.Linear(32, 32))
+    with pytest.raises(QCError, match=words):
+        prepare(model, recipe, estimator=estimator)
+    assert [name for name, _ in model.named_parameters()] == ["0.weight", "0.bias"]
