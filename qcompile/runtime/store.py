@@ -313,7 +313,13 @@ class Store:
             return [self._entries[key] for key in dict.fromkeys(keys)]
 
     def mark(self, tensors: Sequence[torch.Tensor]) -> int:
-        """Mark every entry made from these tensors stale; returns how many there were."""
+        """Mark every entry made from these tensors stale; returns how many there were.
+
+        What a sharded parameter (FSDP2's DTensor) is gathered into, and graphs read, is another tensor, whose version does
+        not count the gathering: then all entries are stale.
+        """
+        if any(type(tensor) is not torch.nn.Parameter and hasattr(tensor, "full_tensor") for tensor in tensors):
+            return self._forget(list(self._roots))
         return self._forget([id(tensor) for tensor in tensors])
 
     def drop_unused(self, entries: Iterable[Entry]) -> None:
