@@ -18,7 +18,7 @@ from qcompile import compat
 from qcompile.codegen.devices.triton_decoded import Call, cut_own, other_way, ways
 from qcompile.codegen.devices.triton_launch import dense_rows, memory_of_splits
 from qcompile.codegen.devices.triton_lines import Layout, integer_sums
-from qcompile.codegen.devices.triton_numbers import Bytes, byte_operand, why_no_bytes
+from qcompile.codegen.devices.triton_numbers import Bytes, byte_operand, why_no_bytes, why_no_operand
 from qcompile.codegen.devices.triton_order import natural
 from qcompile.codegen.devices.triton_overlap import begin_with_weights
 from qcompile.codegen.devices.triton_text import Text, kernel_text
@@ -38,7 +38,7 @@ def packing(act: Scheme | None) -> Packing:
     return "mma16" if act is None else "mma8"
 
 
-def _weight_reason(weight: Scheme, act: Scheme | None) -> str:
+def _weight_reason(weight: Scheme, act: Scheme | None, x: str) -> str:
     """Why a weight scheme is not supported, "" when it is."""
     granularity = weight.granularity.inner if isinstance(weight.granularity, Nested) else weight.granularity
     outer = weight.granularity.outer if isinstance(weight.granularity, Nested) else PerTensor()
@@ -55,7 +55,7 @@ def _weight_reason(weight: Scheme, act: Scheme | None) -> str:
         return f"outer granularity {outer} of the weight; tensor, axis0 and groups work"
     if weight.packing != packing(act):
         return f"packing {weight.packing}: Triton kernels read {packing(act)} here"
-    return ""
+    return "" if act is not None else why_no_operand(weight.format, "bf16" if x == "bf16" else "f16")
 
 
 def _act_reason(spec: KernelSpec) -> str:
@@ -101,7 +101,7 @@ class TritonLowering:
 
     def supports(self, spec: KernelSpec) -> Verdict:
         """See `Lowering`. Reads no sizes, so a yes holds for every N and K."""
-        reason = _weight_reason(spec.weight, spec.act) or _act_reason(spec)
+        reason = _weight_reason(spec.weight, spec.act, spec.x) or _act_reason(spec)
         if (
             not reason
             and spec.act is not None

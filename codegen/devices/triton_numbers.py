@@ -18,7 +18,8 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import lru_cache
+from typing import Literal, get_args
 
 from qcompile.ir.formats import FORMATS, Format
 from qcompile.ir.scheme import Scheme
@@ -112,6 +113,17 @@ class Numbers:
         if self.decode == "magic":
             return self.factor * 2.0**-place
         return self.factor * 2.0 ** (-self.operand.smallest - self.unit - place)
+
+    def read(self, step: int) -> tuple[float, ...]:
+        """What the bits of an integer's smallest and largest code are as a float, before `multiplier`."""
+        ones = (len(self.fmt.table) or 1 << self.fmt.bits) - 1
+        if self.decode == "magic":
+            return tuple(2.0**self.operand.mantissa + code * 2.0 ** self._place(step) for code in (0, ones))
+        return tuple(code * 2.0 ** (self.operand.smallest + self._place(step)) for code in (0, ones))
+
+    def fits(self, step: int) -> bool:
+        """Whether an integer's bits stay below the exponent that is put above them, or in the subnormal numbers."""
+        return self._place(step) + self.fmt.bits <= self.operand.mantissa + (self.decode == "subnormal")
 
     def power(self, step: int) -> int:
         """The bits of a step, read as a float, are the number divided by 2 to this power, but for an integer's offset.
@@ -275,6 +287,43 @@ def why_no_bytes(fmt: Format, operand: ByteOperand) -> str:
         return "" if fmt.bits <= 4 else f"{fmt.name} has more bits than the 4 of an integer in e4m3"
     inside = fmt.kind == "float" and fmt.signed and fmt.exponent <= _E4M3.exponent and fmt.mantissa <= _E4M3.mantissa
     return "" if inside else f"{fmt.name} is not inside e4m3"
+
+
+@lru_cache(maxsize=256)
+def why_no_operand(fmt: Format, dtype: str) -> str:
+    """Why the numbers of a format are no operands of a type ("f16", "bf16"), "" when they are."""
+    operand = OPERANDS[dtype]
+    if fmt.kind == "float":
+        # Its exponent field is read as one of the operand's, where the top one means infinity and NaN.
+        room = operand.bias.bit_length() + 1
+        if fmt.exponent > room or (fmt.exponent == room and fmt.nonfinite != "ieee") or fmt.mantissa > operand.mantissa:
+            return f"{fmt.name} is not inside {operand.name}"
+        return ""
+    if affine(fmt) is None:
+        return "" if max(map(abs, fmt.table)) <= _largest(operand) else f"{fmt.name} is not inside {operand.name}"
+    for exact, decode in itertools.product((False, True), get_args(IntegerDecode)):
+        numbers = Numbers.of(fmt, dtype, exact=exact, decode=decode)
+        for step in range(numbers.steps):
+            read = numbers.read(step)
+            values = (
+                *read,
+                numbers.multiplier(step),
+                numbers.constant(step),
+                *(v * numbers.multiplier(step) for v in read),
+            )
+            if not all(_is_exact(value, operand) for value in values) or not numbers.fits(step):
+                return f"integers of {fmt.name} are too large for {operand.name}"
+    return ""
+
+
+def _largest(operand: Operand) -> float:
+    return float((2 - 2.0**-operand.mantissa) * 2.0**operand.bias)
+
+
+def _is_exact(value: float, operand: Operand) -> bool:
+    """Whether a number is one of an operand's, subnormal ones too."""
+    exponent = max(math.frexp(value)[1] - 1, 1 - operand.bias) - operand.mantissa
+    return abs(value) <= _largest(operand) and (value * 2.0**-exponent).is_integer()
 
 
 def affine(fmt: Format) -> tuple[int, int] | None:

@@ -20,6 +20,7 @@ import torch
 
 from qcompile.compat.assembly import replace_assembly
 from qcompile.compat.interpreter import repair_floats, replace, replace_libdevice
+from qcompile.errors import QCError
 
 
 def triton_modules() -> tuple[Any, Any]:
@@ -167,10 +168,30 @@ def _decorated_before(stack: ExitStack, interpreter: Any) -> None:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         return twin(self.fn)(*args, **kwargs)
 
+    launch, call_inside, running = interpreter.InterpretedFunction.run, interpreter.InterpretedFunction.__call__, 0
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal running
+        running += 1
+        try:
+            return launch(self, *args, **kwargs)
+        finally:
+            running -= 1
+
+    def within_a_kernel(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # The interpreter puts its own functions into triton.language here, and only a launch takes them out again.
+        if not running:
+            raise QCError(
+                "testing.launch",
+                f"The kernel {self.fn.__name__} was called without a grid.",
+                next=f"launch it, {self.fn.__name__}[grid](...), or give a function that does",
+            )
+        return call_inside(self, *args, **kwargs)
+
     # Dynamo is to break the graph at a kernel of the user's and not to trace the interpreter.
     replace(stack, JITFunction, "run", torch.compiler.disable(run))
-    original = interpreter.InterpretedFunction.run
-    replace(stack, interpreter.InterpretedFunction, "run", torch.compiler.disable(original))
+    replace(stack, interpreter.InterpretedFunction, "run", torch.compiler.disable(counted))
+    replace(stack, interpreter.InterpretedFunction, "__call__", within_a_kernel)
     replace(stack, JITFunction, "__call__", call)
 
 

@@ -10,10 +10,10 @@ e8m0); the QLoRA paper, arXiv 2305.14314 (nf4).
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections import UserDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, MutableMapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, TypeVar, get_args
@@ -90,22 +90,42 @@ class Format:
                 return (
                     f"{field}={word!r}: it is one of {', '.join(get_args(known))}{suggest(str(word), get_args(known))}"
                 )
-        if not re.fullmatch(r"[A-Za-z]\w*", self.name):
+        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z]\w*", self.name, re.ASCII):
             return "a name is a letter, then letters, digits and _"
+        for field, kind in (("bits", int), ("exponent", int), ("mantissa", int), ("signed", bool), ("table", tuple)):
+            if type(value := getattr(self, field)) is not kind:
+                return f"{field}={value!r}: it is of type {kind.__name__}"
         if not 1 <= self.bits <= 8:
             return f"bits={self.bits}: a code has 1 to 8 bits"
         if self.kind == "int" and self.bits == 1 and self.signed:
             return "a signed integer has 2 bits or more"
-        if self.kind == "float" and (self.exponent < 1 or self.signed + self.exponent + self.mantissa != self.bits):
+        if self.kind != "float" and (self.exponent or self.mantissa or self.nonfinite != "none"):
+            return "exponent, mantissa and nonfinite are of floats"
+        if self.kind != "table" and self.table:
+            return "a table is of formats of kind table"
+        if self.kind == "int":
+            return ""
+        return self._float_fault() if self.kind == "float" else self._table_fault()
+
+    def _float_fault(self) -> str:
+        fields = self.signed + self.exponent + self.mantissa
+        if self.exponent < 1 or self.mantissa < 0 or fields != self.bits:
             sign = "a sign, " * self.signed
             return f"{sign}{self.exponent} bits of exponent and {self.mantissa} of mantissa are not {self.bits} bits"
-        if self.kind == "table":
-            if not 2 <= len(self.table) <= 1 << self.bits:
-                return f"a table of {len(self.table)}: codes of {self.bits} bits have 2 to {1 << self.bits}"
-            if not all(map(math.isfinite, self.table)):
-                return "a table has finite numbers"
-            if any(a >= b for a, b in zip(self.table, self.table[1:], strict=False)) or self.table[-1] <= 0:
-                return "a table is strictly ascending, and its last number is positive"
+        if not 0 < max(map(_as_float32, (v for v in self.values if math.isfinite(v)))) < math.inf:
+            return "its largest finite value is none of float32 above 0"
+        return ""
+
+    def _table_fault(self) -> str:
+        if not 2 <= len(self.table) <= 1 << self.bits:
+            return f"a table of {len(self.table)}: codes of {self.bits} bits have 2 to {1 << self.bits}"
+        if not all(isinstance(v, int | float) and math.isfinite(_as_float32(v)) for v in self.table):
+            return "a table has finite numbers of float32"
+        values = [_as_float32(v) for v in self.table]
+        if any(a >= b for a, b in itertools.pairwise(values)) or values[-1] <= 0:
+            return "a table is strictly ascending in float32, and its last number is positive"
+        if values[0] < 0 and not self.signed:
+            return "a table with negative numbers is signed"
         return ""
 
     @staticmethod
@@ -220,6 +240,11 @@ class Format:
         return f"Format.of({self.name!r})"
 
 
+def _as_float32(value: float) -> float:
+    """The nearest float32 number, which may be infinity."""
+    return float(torch.tensor(value, dtype=torch.float64).to(torch.float32)) if math.isfinite(value) else value
+
+
 def bit_planes(bits: int) -> tuple[int, ...]:
     """Split a code width of 1..8 bits into descending powers of two; raises QCError `format.width`."""
     if not 1 <= bits <= 8:
@@ -301,8 +326,8 @@ def _signed(byte: int) -> int:
 E = TypeVar("E", bound=Format | ScaleFormat)
 
 
-class Registry(UserDict[str, E]):
-    """Entries by name. A name keeps its meaning: packed weights, kernels and caches on disk are found by it.
+class Registry(MutableMapping[str, E]):
+    """Entries by name. A name keeps its meaning: packed weights and kernels are found by it.
 
     Raises:
         QCError: `format.entry` for a key that is not the entry's name, or an entry of another type; `format.redefined` for a
@@ -311,8 +336,21 @@ class Registry(UserDict[str, E]):
 
     def __init__(self, kind: type[E], entries: Iterable[E]) -> None:
         self._kind = kind
+        self._entries: dict[str, E] = {}
         self._meant: dict[str, E] = {}
-        super().__init__({entry.name: entry for entry in entries})
+        self.update({entry.name: entry for entry in entries})
+
+    def __getitem__(self, name: str) -> E:
+        return self._entries[name]
+
+    def __delitem__(self, name: str) -> None:
+        del self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
     def __setitem__(self, name: str, entry: E) -> None:
         if not isinstance(entry, self._kind) or entry.name != name:
@@ -322,10 +360,10 @@ class Registry(UserDict[str, E]):
             raise QCError(
                 "format.redefined",
                 f"{name!r} means another format already",
-                why="packed weights, kernels and caches on disk are found by the name",
+                why="packed weights and kernels of this process are found by the name",
                 next="give the changed one a name of its own, or define it in a new process",
             )
-        super().__setitem__(name, entry)
+        self._entries[name] = entry
 
 
 def _table() -> list[Format]:

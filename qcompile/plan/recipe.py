@@ -66,12 +66,13 @@ class Rule:
             object.__setattr__(self, name, checked(name, getattr(self, name)))
         weight = self.weight
         _check_act(self.act, weight)
-        if weight is not None and weight.format.kind == "int" and not weight.format.signed and weight.symmetric:
+        if weight is not None and weight.symmetric and weight.format.min >= 0:
+            minimum = f"{weight}+m, or " if weight.format.kind == "int" else ""
             raise QCError(
                 "recipe.unsigned",
                 f"{weight} cannot hold negative weights",
                 why=f"{weight.format} without a zero point or a minimum has no values below zero",
-                next=f"write {weight}+m, or a signed format such as int{weight.format.bits}/{weight.granularity}",
+                next=f"write {minimum}a signed format such as int{max(weight.format.bits, 2)}/{weight.granularity}",
             )
         if self.fit not in FITS:
             found = suggest(self.fit, FITS)

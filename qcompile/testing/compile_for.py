@@ -137,8 +137,10 @@ def _refuse_without_launches(f: Callable[..., object], launches: Mapping[Target,
         raise QCError(
             "testing.no-kernels",
             f"{getattr(f, '__name__', f)!s} launched no Triton kernel.",
-            why="Inductor emits none for what it gives to libraries, and none for a graph that it does not compile",
-            next="pass a function whose work Inductor compiles, or a kernel to compile_kernel",
+            why="Inductor emits none for what it gives to libraries, such as a float linear (weights stay float while autograd "
+            "records), and none for a graph that it does not compile",
+            next="pass torch.compile(model, backend='qcompile') under torch.no_grad(), a function whose work Inductor "
+            "compiles, or a kernel to compile_kernel",
         )
     if none:
         raise QCError(

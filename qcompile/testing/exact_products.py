@@ -53,7 +53,7 @@ def exact_product(spec: KernelSpec, m: int, n: int, k: int, seed: int = 0) -> Ex
         QCError: `testing.exact` where there is no such problem: for segments and epilogues, for sizes below 1
             and for sizes that are too large.
     """
-    if min(m, n, k) < 1:
+    if any(type(size) is not int or size < 1 for size in (m, n, k)):
         raise QCError("testing.exact", f"a product of [{m}, {k}] and [{k}, {n}]", next="sizes are 1 or more")
     if spec.segments != 1 or spec.epilogue.replace("acc", "") or spec.extras:
         raise QCError("testing.exact", f"{spec} has segments, an epilogue or extras", next="give the plain product")

@@ -7,6 +7,7 @@ law it breaks.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
@@ -15,7 +16,9 @@ from typing import Any, overload
 from torch import Tensor
 
 from qcompile.errors import QCError, suggest
+from qcompile.options import Options
 from qcompile.passes.base import Pass
+from qcompile.plan.recipe import Recipe
 from qcompile.testing.capture import Place
 from qcompile.testing.graphs import Model
 from qcompile.testing.hypotheses import HealthCheck, Phase, SearchStrategy, Verbosity, given, seed, settings
@@ -23,6 +26,7 @@ from qcompile.testing.problems import Problem
 from qcompile.testing.rewrites import Laws, check_model
 
 _SIMPLER = 80  # models tried on the way to a smaller one
+_UNKNOWN = ("passes.unknown",)
 
 
 @overload
@@ -80,7 +84,8 @@ def fuzz(
         AssertionError: for the smallest input found on which a result is further off than derived, or a law is broken.
         Exception: whatever the kernel or the pass raises, for the smallest input found, which its text begins with.
     """
-    _check_call(subject, inputs, examples, laws)
+    _check_call(subject, inputs, laws)
+    _check_numbers(examples, seconds, start)
     passes = [subject] if isinstance(subject, Pass) else list(subject) if isinstance(subject, Sequence) else []
     is_class = isinstance(subject, type) and issubclass(subject, Pass)
     if not all(isinstance(item, Pass) for item in passes) or not (passes or callable(subject)) or is_class:
@@ -115,6 +120,8 @@ def fuzz(
             try:
                 check_model(passes, example, promised)
             except Exception as error:
+                if isinstance(error, QCError) and error.code in _UNKNOWN:
+                    raise
                 found.append(_smallest(example, error, lambda model: check_model(passes, model, promised)))
         if found:
             raise AssertionError("found")
@@ -144,6 +151,8 @@ def fuzz(
         try:
             round_of()
         except Exception as error:
+            if isinstance(error, QCError) and error.code in _UNKNOWN:
+                raise  # a name in the call, which no model has to do with
             if not found:
                 where = "".join(f"problem {problem}\n" for problem in failed if str(problem) not in str(error))
                 raise _led_by(f"{again}\n{where}", error) from error.__cause__
@@ -155,7 +164,16 @@ def fuzz(
     return tried
 
 
-def _check_call(subject: Any, inputs: Any, examples: Any, laws: Mapping[str, Any]) -> None:
+def _check_numbers(examples: Any, seconds: Any, start: Any) -> None:
+    whole = {"examples": (examples, 1, "1 or more: inputs of one round"), "start": (start, 0, "0 or more, below 2**31")}
+    for name, (number, least, advice) in whole.items():
+        if type(number) is not int or not least <= number < 2**31:
+            raise QCError("testing.inputs", f"{name}={number!r}", next=f"give {advice}")
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:
+        raise QCError("testing.inputs", f"seconds={seconds!r}", next="give a number of seconds, 0 for one round")
+
+
+def _check_call(subject: Any, inputs: Any, laws: Mapping[str, Any]) -> None:
     """Refuse arguments that no round could use, before the first one."""
     if isinstance(subject, SearchStrategy):
         raise QCError("testing.subject", "fuzz takes what is tried first, then inputs", next="swap the two arguments")
@@ -165,8 +183,6 @@ def _check_call(subject: Any, inputs: Any, examples: Any, laws: Mapping[str, Any
             f"inputs cannot be {inputs!r}",
             next="give problems(...) for a kernel, models(...) for passes, or another strategy of Hypothesis",
         )
-    if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
-        raise QCError("testing.inputs", f"examples={examples!r}", next="give 1 or more: inputs of one round")
     promises = {item.name for item in fields(Laws)}
     if unknown := sorted(set(laws) - promises):
         known = [*promises, "examples", "seconds", "start"]
@@ -179,6 +195,14 @@ def _check_call(subject: Any, inputs: Any, examples: Any, laws: Mapping[str, Any
         raise QCError("testing.laws", f"like={like!r} is no pass", next="give an instance of qcompile.Pass")
     if isinstance(place := laws.get("place"), str):
         raise QCError("testing.laws", f"place={place!r}", next=f"write place=('after', {place!r}) or ('before', ...)")
+    for name in ("function", "twice", "compiled"):
+        if not isinstance(laws.get(name, True), bool):
+            raise QCError("testing.laws", f"{name}={laws[name]!r}", next="give True or False")
+    if place is not None and (len(place) != 2 or place[0] not in ("before", "after")):
+        raise QCError("testing.laws", f"place={place!r}", next="write place=('after', 'merge') or ('before', 'merge')")
+    if isinstance(options := laws.get("options", {}), Mapping):
+        options = dict(options)
+    Recipe.of(Options.parse(options).recipe)
 
 
 def _led_by(head: str, error: Exception) -> Exception:

@@ -122,6 +122,9 @@ def models(
                 f"models have no {name!r}{suggest(name, choices)}",
                 next=f"choose of {', '.join(choices)}",
             )
+    if not kinds or not dtypes or type(max_layers) is not int or max_layers < 1:
+        given = f"kinds={list(kinds)} dtypes={list(dtypes)} max_layers={max_layers!r}"
+        raise QCError("testing.models", f"no model has {given}", next="give one or more of each")
     numbers: Callable[[], SearchStrategy[int]] = lambda: st.integers(0, 59)  # noqa: E731
     layer = st.builds(Layer, st.sampled_from(list(kinds)), st.tuples(*[numbers()] * 6), st.booleans())
     return st.builds(

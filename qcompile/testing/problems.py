@@ -50,8 +50,10 @@ class Problem:
         return dequantize(list(self.parts), self.spec.weight, self.n, self.k)
 
     def empty(self) -> Tensor:
-        """Memory for the result: `[m, n]`, full of NaN."""
-        return torch.full((self.m, self.n), float("nan"), dtype=OUT_DTYPES[self.spec.y])
+        """Memory for the result: `[m, n]`, full of NaN, in the middle of more of it, in which `check` finds what a kernel
+        writes beside the result."""
+        memory = torch.full((self.m * self.n + 2 * RIM,), float("nan"), dtype=OUT_DTYPES[self.spec.y])
+        return memory[RIM : RIM + self.m * self.n].view(self.m, self.n)
 
     def check(self, y: Tensor) -> None:
         """Compare a kernel's result with the exact one.
@@ -68,6 +70,10 @@ class Problem:
         shape, dtype = (self.m, self.n), OUT_DTYPES[self.spec.y]
         assert tuple(y.shape) == shape, f"problem {self}\nthe result has shape {tuple(y.shape)}, not {shape}"
         assert y.dtype == dtype, f"problem {self}\nthe result has dtype {y.dtype}, not {dtype}"
+        if beside := _beside(y):
+            raise AssertionError(
+                f"problem {self}\nthe kernel wrote to y[{beside}] of {y.numel()} elements, counted as they lie"
+            )
         want = expected(self.spec, self.x, self.parts, self.n, self.k, rounded=True)
         unit = ROUNDOFF[self.spec.y]
         allowed = want.bound + unit * (want.value.abs() + want.bound) + SMALLEST[self.spec.y]
@@ -87,6 +93,21 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.spec}: m={self.m} n={self.n} k={self.k} row stride {self.x.stride(0)}"
+
+
+RIM = 8192  # elements on each side of a result: more than a block of a kernel that forgets a mask
+
+
+def _beside(y: Tensor) -> str:
+    """The place, counted from the first element, of the first write beside a result that `Problem.empty` made, or ""."""
+    size = y.numel()
+    if y.storage_offset() != RIM or y.untyped_storage().nbytes() != (size + 2 * RIM) * y.element_size():
+        return ""
+    memory = y.as_strided((size + 2 * RIM,), (1,), 0)
+    written = ~memory.isnan()
+    written[RIM : RIM + size] = False
+    found = written.nonzero()
+    return str(int(found[0]) - RIM) if len(found) else ""
 
 
 def problems(
@@ -109,11 +130,21 @@ def problems(
         QCError: `scheme.*` for a spelling, `testing.problems` for a dtype or a size.
     """
     if isinstance(weight, str):
+        if " " in weight.strip():
+            raise QCError(
+                "testing.problems",
+                f"{weight!r} names two schemes",
+                next="name the weight's: activations of problems are exact",
+            )
         Scheme.parse(weight)
+    elif not isinstance(weight, SearchStrategy):
+        raise QCError("testing.problems", f"weight={weight!r}", next="give a spelling, or a strategy of spellings")
     names = [_name(dtype) for dtype in ([x] if isinstance(x, str | torch.dtype) else x)]
+    if not names:
+        raise QCError("testing.problems", "x names no dtype", next=f"use {', '.join(OUT_DTYPES)}")
     for name, size in (("max_m", max_m), ("max_n", max_n), ("max_k", max_k)):
-        if size < 1:
-            raise QCError("testing.problems", f"{name}={size}", next="sizes are 1 or more")
+        if type(size) is not int or size < 1:
+            raise QCError("testing.problems", f"{name}={size!r}", next="sizes are 1 or more")
     return _problems(weight, names, (max_m, max_n, max_k), _name(y) if y else "")
 
 

@@ -20,10 +20,13 @@ from qcompile.codegen.devices.triton import Tile, TritonLowering, run, text_of
 from qcompile.codegen.devices.triton_lines import Layout
 from qcompile.codegen.spec import KernelSpec
 from qcompile.ir.codec import quantize
+from qcompile.ir.formats import FORMATS, Format
 from qcompile.ir.matmul import OUT_DTYPES
 from qcompile.ir.packing import pack_codes, pack_scales
 from qcompile.ir.scheme import Scheme
+from qcompile.testing.fuzz import fuzz
 from qcompile.testing.interpret import interpret
+from qcompile.testing.problems import problems
 from tests.codegen.products import DTYPES, SCHEMES, TILES, check, spec_of, weight
 
 
@@ -127,6 +130,33 @@ def test_refusals_have_a_reason(scheme: str, act: str, word: str) -> None:
     verdict = TritonLowering().supports(KernelSpec(Scheme.parse(scheme), Scheme.parse(act) if act else None))
     assert not verdict
     assert word in verdict.reason
+
+
+# A format, and the types of x whose numbers hold its own.
+ODD = [
+    (Format("e6m1", "float", 8, exponent=6, mantissa=1), ("bf16",)),
+    (Format("e5m0", "float", 6, exponent=5), ("bf16",)),
+    (Format("e5m2i", "float", 8, exponent=5, mantissa=2, nonfinite="ieee"), ("f16", "bf16", "f32")),
+    (Format("e1m6", "float", 8, exponent=1, mantissa=6), ("f16", "bf16", "f32")),
+    (Format("thousands", "table", 2, table=(-1000.0, 0.0, 1000.0)), ()),
+    (Format("threes", "table", 2, table=(-3.0, 0.0, 3.0)), ("f16", "bf16", "f32")),
+    (Format("hundred", "table", 2, table=(-1e5, 0.5, 1e5)), ("bf16",)),
+]
+
+
+@pytest.mark.parametrize(("fmt", "types"), ODD, ids=lambda item: getattr(item, "name", ""))
+def test_a_format_is_right_or_refused(fmt: Format, types: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a type cannot hold has no kernel; a new entry is no promise that it does."""
+    monkeypatch.setitem(FORMATS, fmt.name, fmt)
+    scheme = f"{fmt.name}/g64:fp16@mma16"
+    for x in ("f16", "bf16", "f32"):
+        verdict = TritonLowering().supports(KernelSpec(Scheme.parse(scheme), x=x, y=x))
+        assert verdict.ok == (x in types), (x, verdict.reason)
+        assert verdict.ok or fmt.name in verdict.reason
+        if verdict.ok:
+            kernel = lambda problem: run(problem.spec, problem.x, problem.parts, [], [problem.n], problem.k)  # noqa: E731
+            with interpret():
+                fuzz(kernel, problems(scheme, x, max_m=4, max_n=20, max_k=140), examples=6)
 
 
 def test_the_text_of_a_spec_is_always_the_same() -> None:

@@ -86,8 +86,8 @@ def test_an_entry_is_part_of_the_key_of_caches(monkeypatch: pytest.MonkeyPatch) 
     """An entry more, of another meaning or none, is another key: in another process the name may mean something else."""
     ctx = context(*dynamo_graph(lambda x: x + 1, torch.ones(3)), recipe="e2m2/g32:fp16")
     keys = {fingerprint((), ctx)}
-    monkeypatch.setitem(FORMATS.data, ENTRY.name, replace(ENTRY, exponent=3, mantissa=1))
+    monkeypatch.setitem(FORMATS._entries, ENTRY.name, replace(ENTRY, exponent=3, mantissa=1))
     keys.add(fingerprint((), ctx))
-    monkeypatch.delitem(FORMATS.data, ENTRY.name)
+    monkeypatch.delitem(FORMATS._entries, ENTRY.name)
     keys.add(fingerprint((), ctx))
     assert len(keys) == 3

@@ -200,6 +200,16 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no number": ({"kind": "table", "bits": 1, "table": (0.0, math.nan)}, "finite"),
     "too many": ({"kind": "table", "bits": 1, "table": (-1.0, 0.0, 1.0)}, "2 to 2"),
     "negative": ({"kind": "table", "bits": 1, "table": (-2.0, -1.0)}, "positive"),
+    "unsigned": ({"kind": "table", "bits": 1, "table": (-2.0, 1.0), "signed": False}, "is signed"),
+    "below zero": ({"kind": "float", "bits": 4, "exponent": 5, "mantissa": -2}, "are not 4 bits"),
+    "only infinity": ({"kind": "float", "bits": 2, "exponent": 1, "nonfinite": "ieee"}, "largest finite value"),
+    "beyond float32": ({"kind": "float", "bits": 8, "signed": False, "exponent": 8}, "largest finite value"),
+    "equal in float32": ({"kind": "table", "bits": 1, "table": (1.0, 1.0 + 2.0**-40)}, "ascending in float32"),
+    "huge": ({"kind": "table", "bits": 1, "table": (-1e300, 1e300)}, "numbers of float32"),
+    "a list": ({"kind": "table", "bits": 1, "table": [-1.0, 1.0]}, "of type tuple"),
+    "a half bit": ({"kind": "int", "bits": 4.0}, "of type int"),
+    "an integer's mantissa": ({"kind": "int", "bits": 4, "mantissa": 9}, "are of floats"),
+    "an integer's table": ({"kind": "int", "bits": 4, "table": (5.0,)}, "of kind table"),
 }
 
 
@@ -212,9 +222,9 @@ def test_fields_that_do_not_fit_are_refused(name: str) -> None:
 
 
 def test_names_that_a_scheme_could_not_spell_are_refused() -> None:
-    for name in ("a/b", "", "4bit", "e4m3~"):
+    for name in ("a/b", "", "4bit", "e4m3~", "a\u00e9", 4):
         with pytest.raises(QCError, match="a name is a letter"):
-            Format(name, "int", 4)
+            Format(name, "int", 4)  # type: ignore[arg-type]
 
 
 def test_a_name_keeps_its_meaning() -> None:
@@ -230,6 +240,8 @@ def test_a_name_keeps_its_meaning() -> None:
                 way()
             assert caught.value.code == "format.redefined"
         assert FORMATS["kept"] == entry
+        with pytest.raises(AttributeError):  # no way round the checks
+            FORMATS.__ior__({"kept": other})  # type: ignore[attr-defined]
     finally:
         del FORMATS["kept"]
     with pytest.raises(QCError, match="means another format"):

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 pytest.importorskip("triton", reason="triton is not installed: torch's builds for CPUs come without it")
 
-from qcompile import QCError
+from qcompile import Pass, PassContext, QCError
 from qcompile.codegen.devices.triton import Tile, run, text_of
+from qcompile.ir.scheme import Scheme
 from qcompile.testing.fuzz import fuzz
 from qcompile.testing.graphs import models
 from qcompile.testing.interpret import interpret
@@ -116,6 +118,28 @@ def test_wrong_shapes_and_types_are_named() -> None:
         fuzz(lambda problem: problem.empty(), problems("int8/axis0@rows"), examples=2)
 
 
+class Nothing(Pass):
+    """Does nothing."""
+
+    name = "nothing"
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> None:
+        pass
+
+
+def test_a_store_without_a_mask_is_found() -> None:
+    def writes_beside(problem: Problem) -> Tensor:
+        y = problem.empty()
+        y.copy_(problem.x.float() @ problem.weight.T)
+        y.as_strided((1,), (1,), y.storage_offset() + y.numel() + 5).zero_()
+        return y
+
+    with pytest.raises(AssertionError, match=r"wrote to y\[\d+\] of \d+ elements") as caught:
+        fuzz(writes_beside, problems("int8/axis0@rows", "f32", max_n=4, max_k=8), examples=3)
+    place, size = map(int, re.findall(r"y\[(\d+)\] of (\d+)", str(caught.value))[0])
+    assert place == size + 5
+
+
 MISUSES = {
     "swapped": (lambda: fuzz(problems("int4/g32:fp16@rows"), print), "swap the two"),  # type: ignore[call-overload]
     "a spelling": (lambda: fuzz(print, "int4/g32:fp16@rows"), "problems"),  # type: ignore[call-overload]
@@ -123,10 +147,25 @@ MISUSES = {
     "a typo": (lambda: fuzz(print, problems("int4/g32:fp16@rows"), exampels=2), "did you mean 'examples'"),  # type: ignore[call-overload]
     "a place": (lambda: fuzz(print, models(), place="merge"), r"place=\('after', 'merge'\)"),  # type: ignore[call-overload]
     "like": (lambda: fuzz(print, models(), like="x"), "like='x' is no pass"),  # type: ignore[call-overload]
+    "two schemes": (lambda: problems("int8/axis0@rows int8/token"), "two schemes"),
     "a scheme": (lambda: problems("int4/h32"), "int4/h32"),
     "a dtype": (lambda: problems("int4/g32:fp16@rows", x=torch.int8), "torch.int8"),
     "a size": (lambda: problems("int4/g32:fp16@rows", max_m=0), "max_m=0"),
     "a layer": (lambda: models("linaer"), "did you mean 'linear'"),
+    "no layers": (lambda: models(max_layers=0), "max_layers=0"),
+    "no dtypes": (lambda: models(dtypes=[]), r"dtypes=\[\]"),
+    "no types": (lambda: problems("int4/g32:fp16@rows", x=[]), "names no dtype"),
+    "a scheme itself": (lambda: problems(Scheme.parse("int4/g32:fp16@rows")), "give a spelling"),  # type: ignore[arg-type]
+    "half a size": (lambda: problems("int4/g32:fp16@rows", max_m=2.5), "max_m=2.5"),  # type: ignore[arg-type]
+    "for ever": (lambda: fuzz(print, problems("int4/g32:fp16@rows"), seconds=math.nan), "seconds=nan"),
+    "a time": (lambda: fuzz(print, problems("int4/g32:fp16@rows"), seconds="3"), "seconds='3'"),  # type: ignore[call-overload]
+    "no round": (lambda: fuzz(print, problems("int4/g32:fp16@rows"), start=2**31), "start=2147483648"),
+    "a side": (lambda: fuzz(Nothing(), models(), place=("afterr", "merge")), "'before', 'merge'"),  # type: ignore[call-overload]
+    "an anchor": (lambda: fuzz(Nothing(), models(), place=("after", "merg")), "did you mean 'merge'"),
+    "a recipe": (lambda: fuzz(Nothing(), models(), options={"recipe": "imt4"}), "did you mean 'int4'"),
+    "an option": (lambda: fuzz(Nothing(), models(), options={"recip": "int4"}), "did you mean 'recipe'"),
+    "options": (lambda: fuzz(Nothing(), models(), options="int4"), "must be a mapping"),  # type: ignore[call-overload]
+    "a truth": (lambda: fuzz(Nothing(), models(), function="no"), "function='no'"),  # type: ignore[call-overload]
 }
 
 

@@ -182,6 +182,14 @@ def test_user_kernel_in_a_compiled_function() -> None:
         assert torch.equal(torch.compile(f)(x), x * 6 + 1)
 
 
+def test_a_kernel_without_a_grid_is_refused_and_poisons_nothing() -> None:
+    before = state()
+    for kernel in (double, triton.jit(double.fn)):
+        with interpret(), pytest.raises(QCError, match=r"double was called without a grid[^$]*double\[grid\]\("):
+            kernel(torch.zeros(4), torch.zeros(4), N=4)
+    assert state() == before
+
+
 def test_nothing_stays() -> None:
     before = state()
     with interpret():
