@@ -10,6 +10,7 @@ caches key on it.
 | `qembedding(ids, parts, scheme, n, k, dtype)` | rows of a packed table |
 | `decode(parts, scheme, n, k, dtype)` | the float weight `[n, k]` of packed parts |
 | `rotate(x, size, signs, inverse, dtype)` | blocks of the last dimension turned by a Hadamard matrix, see `hadamard.rotate` |
+| `step_(state, inputs, hyper, random, spec)` | an optimizer's step of many parameters, in place, see `StepSpec`, `check_step` |
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from qcompile.ir.codec import check_parts, dequantize, dequantize_rows
 from qcompile.ir.hadamard import check_rotation, rotate
 from qcompile.ir.matmul import OUT_DTYPES, MatmulSpec, check_float, check_operands, check_static, reference_qmm
 from qcompile.ir.scheme import Scheme
+from qcompile.ir.step_reference import check_step, step_reference
 
 LIBRARY = torch.library.Library("qcompile", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -34,6 +36,7 @@ _SCHEMAS = (
     "qembedding(Tensor ids, Tensor[] parts, str scheme, int n, int k, ScalarType dtype) -> Tensor",
     "decode(Tensor[] parts, str scheme, int n, int k, ScalarType dtype) -> Tensor",
     "rotate(Tensor x, int size, Tensor? signs=None, bool inverse=False, ScalarType? dtype=None) -> Tensor",
+    "step_(Tensor(a!)[] state, Tensor[] inputs, Tensor hyper, Tensor? random, str spec) -> ()",
 )
 for _schema in _SCHEMAS:
     LIBRARY.define(_schema, tags=_TAGS)
@@ -129,6 +132,16 @@ def _fake_rotate(
     return x.new_empty(x.shape, dtype=dtype or x.dtype)
 
 
+def _fake_step(
+    state: Sequence[torch.Tensor],
+    inputs: Sequence[torch.Tensor],
+    hyper: torch.Tensor,
+    random: torch.Tensor | None,
+    spec: str,
+) -> None:
+    check_step(state, inputs, hyper, random, spec)
+
+
 def _rotate_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     x, size, signs, inverse, _ = inputs
     ctx.save_for_backward(*([] if signs is None else [signs]))
@@ -187,6 +200,7 @@ for _name, _meaning, _meta in (
     ("qmm", qmm_reference, _fake_qmm),
     ("decode", _decode, _fake_decode),
     ("rotate", rotate, _fake_rotate),
+    ("step_", step_reference, _fake_step),
 ):
     LIBRARY.impl(_name, _meaning, "CompositeExplicitAutograd")
     torch.library.register_fake(f"qcompile::{_name}", _meta, lib=LIBRARY)
