@@ -5,5 +5,6 @@ from __future__ import annotations
 from qcompile.ir import ops  # noqa: F401  (registers torch.ops.qcompile.step_)
 from qcompile.optim.base import LowBitOptimizer
 from qcompile.optim.optimizers import SGD, Adam, AdamW, Lion
+from qcompile.optim.weights import LowBitWeight, low_bit_weights
 
-__all__ = ["SGD", "Adam", "AdamW", "Lion", "LowBitOptimizer"]
+__all__ = ["SGD", "Adam", "AdamW", "Lion", "LowBitOptimizer", "LowBitWeight", "low_bit_weights"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, overload
 
 import torch
@@ -20,6 +21,7 @@ from qcompile.optim.checkpoint import Saved, export, restored
 from qcompile.optim.layout import NAMES, Bits, Layout, check_bits, layout_of, local_of, storage_of
 from qcompile.optim.rules import Group, Moment, Rule
 from qcompile.optim.tensors import new_state, state_parts
+from qcompile.optim.weights import low_bit_of, scales_of
 
 ROUNDINGS = ("stochastic", "nearest")
 OWN = ("state_bits", "rounding")  # what a checkpoint does not change
@@ -84,12 +86,13 @@ class LowBitOptimizer(torch.optim.Optimizer):
                 "optim.rounding", f"rounding cannot be {group['rounding']!r}", next="use stochastic or nearest"
             )
         for p in group["params"]:
-            if p.dtype not in NAMES:
+            if p.dtype not in NAMES and low_bit_of(p) is None:
                 raise QCError(
                     "optim.dtype",
                     f"a parameter of {p.dtype} has no step",
                     why="arithmetic is float32",
-                    next="use torch.float32, torch.bfloat16 or torch.float16, or torch.optim for this parameter",
+                    next="use torch.float32, torch.bfloat16 or torch.float16, or torch.optim for this parameter; "
+                    "codes that low_bit_weights made belong to the module that it made them in, and not to a copy",
                 )
 
     @overload
@@ -122,7 +125,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
             rule = self.rule(group)
             for p in group["params"]:
                 number += 1
-                if p.grad is not None:
+                if gradient_of(p) is not None:
                     self._add(calls, group, rule, p, number)
         for (text, _), call in calls.items():
             call.run(text)
@@ -130,8 +133,8 @@ class LowBitOptimizer(torch.optim.Optimizer):
     def _add(
         self, calls: dict[tuple[str, torch.device], _Call], group: Group, rule: Rule, p: Tensor, number: int
     ) -> None:
-        layout = layout_of(p)
-        storages = self._storages(group, rule, layout)
+        grad, layout = _gradient(p), layout_of(p)
+        storages = {moment: storage_of(layout, moment, group["state_bits"]) for moment in rule.moments}
         state = self.state[p]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
@@ -141,18 +144,20 @@ class LowBitOptimizer(torch.optim.Optimizer):
                 state.update(new_state(moment, storage, layout, p.device))
         state["step"] += 1
         step = int(state["step"])
-        local, grad = local_of(p), _gradient(p)
-        stochastic = group["rounding"] == "stochastic" and p.dtype != torch.float32
-        spec = rule.spec(Storage(NAMES[p.dtype], 0, stochastic), Storage(NAMES[grad.dtype]), tuple(storages.values()))
+        parts, written = _written(p, group["rounding"] == "stochastic")
+        spec = rule.spec(written, Storage(NAMES[grad.dtype]), tuple(storages.values()))
+        for moment, storage in storages.items():
+            parts += map(local_of, state_parts(state, moment, storage))
         numbers = self.numbers(group, step)
-        call = calls.setdefault((spec, local.device), _Call(stochastic))
-        held = [local_of(part) for moment, storage in storages.items() for part in state_parts(state, moment, storage)]
-        call.add(
-            [local, *held], grad, [numbers[name] for name in rule.hyper], (group["seed"], step, number, layout.offset)
-        )
+        call = calls.setdefault((spec, parts[0].device), _Call(written.stochastic))
+        call.add(parts, grad, [numbers[name] for name in rule.hyper], (group["seed"], step, number, layout.offset))
 
-    def _storages(self, group: Group, rule: Rule, layout: Layout) -> dict[Moment, Storage]:
-        return {moment: storage_of(layout, moment, group["state_bits"]) for moment in rule.moments}
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients, those of weights in few bits too."""
+        super().zero_grad(set_to_none)
+        for group in self.param_groups:
+            for weight in filter(None, map(low_bit_of, group["params"])):
+                weight.grad = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over state: of this class, or of the optimizer of `torch.optim` that has its name.
@@ -227,8 +232,22 @@ class _Call:
             t.copy_(whole)
 
 
+def _written(p: Tensor, stochastic: bool) -> tuple[list[Tensor], Storage]:
+    """The tensors of a parameter here, and how a step writes them."""
+    weight = low_bit_of(p)
+    if weight is not None:
+        return [p, scales_of(p)], replace(weight.storage, stochastic=stochastic)
+    return [local_of(p)], Storage(NAMES[p.dtype], 0, stochastic and p.dtype != torch.float32)
+
+
+def gradient_of(p: Tensor) -> Tensor | None:
+    """The gradient of a parameter, or of the weight that its codes are."""
+    weight = low_bit_of(p)
+    return p.grad if weight is None else weight.grad
+
+
 def _gradient(p: Tensor) -> Tensor:
-    grad = p.grad
+    grad = gradient_of(p)
     assert grad is not None
     if grad.layout != torch.strided or grad.dtype not in NAMES:
         raise QCError(
