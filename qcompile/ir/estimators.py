@@ -107,7 +107,7 @@ class LearnedStep(Estimator):
     learned = ("step",)
 
     def learned_qparams(self, scheme: Scheme, learned: Sequence[Tensor], ndim: int) -> QParams:
-        return QParams(stored_step(learned[0], scheme))
+        return QParams(stored_scale(learned[0], scheme))
 
     def start(self, scheme: Scheme, scale: Tensor) -> tuple[Tensor, ...]:
         return (scale.clone(),)
@@ -126,7 +126,7 @@ class LearnedClip(Estimator):
     learned = ("clip",)
 
     def learned_qparams(self, scheme: Scheme, learned: Sequence[Tensor], ndim: int) -> QParams:
-        return QParams(stored_step(learned[0] / scheme.format.max, scheme))
+        return QParams(stored_scale(learned[0] / scheme.format.max, scheme))
 
     def start(self, scheme: Scheme, scale: Tensor) -> tuple[Tensor, ...]:
         return (scale * scheme.format.max,)
@@ -187,17 +187,17 @@ def why_not_learned(scheme: Scheme) -> str:
     return ""
 
 
-def stored_step(step: Tensor, scheme: Scheme) -> Tensor:
+def stored_scale(step: Tensor, scheme: Scheme) -> Tensor:
     """A learned step in the form in which scales are stored: positive, at least the smallest that the form has."""
     if scheme.scale.format.dtype == torch.float32:
-        return rounded_step(step, str(scheme))
+        return rounded_scale(step, str(scheme))
     # An operator of its own: see `ops._choose_qparams`.
-    found: Tensor = torch.ops.qcompile.stored_step(step, str(scheme))
+    found: Tensor = torch.ops.qcompile.stored_scale(step, str(scheme))
     return found
 
 
-def rounded_step(step: Tensor, scheme: str) -> Tensor:
-    """The plain-torch meaning of `stored_step`; contiguous."""
+def rounded_scale(step: Tensor, scheme: str) -> Tensor:
+    """The plain-torch meaning of `stored_scale`; contiguous."""
     fmt = Scheme.parse(scheme).scale.format
     return store_scale(torch.clamp(step.detach().to(torch.float32), min=fmt.low), fmt).contiguous()
 

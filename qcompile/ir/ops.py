@@ -12,6 +12,7 @@ caches key on it.
 | `choose_qparams(x, scheme, fit)` | scales of a tensor, as constants, see `estimators` |
 | `fake_quant(x, scales, learned, scheme, estimator, fit, seed)` | x rounded, with an estimator's gradient |
 | `rotate(x, size, signs, inverse, dtype)` | blocks of the last dimension turned by a Hadamard matrix, see `hadamard.rotate` |
+| `step_(state, inputs, hyper, random, spec)` | an optimizer's step of many parameters, in place, see `StepSpec`, `check_step` |
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ import torch
 
 from qcompile.errors import QCError
 from qcompile.ir.codec import check_parts, dequantize, dequantize_rows
-from qcompile.ir.estimators import chosen_qparams, fake_quant, rounded_step
+from qcompile.ir.estimators import chosen_qparams, fake_quant, rounded_scale
 from qcompile.ir.hadamard import check_rotation, rotate
 from qcompile.ir.matmul import OUT_DTYPES, MatmulSpec, check_float, check_operands, check_static, reference_qmm
 from qcompile.ir.scheme import Scheme
+from qcompile.ir.step_reference import check_step, step_reference
 
 LIBRARY = torch.library.Library("qcompile", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -38,9 +40,10 @@ _SCHEMAS = (
     "decode(Tensor[] parts, str scheme, int n, int k, ScalarType dtype) -> Tensor",
     "choose_qparams(Tensor x, str scheme, str fit) -> Tensor[]",
     "fit_qparams(Tensor x, str scheme, str fit) -> Tensor[]",
-    "stored_step(Tensor step, str scheme) -> Tensor",
+    "stored_scale(Tensor step, str scheme) -> Tensor",
     "fake_quant(Tensor x, Tensor[] scales, Tensor[] learned, str scheme, str estimator, str fit, int seed=0) -> Tensor",
     "rotate(Tensor x, int size, Tensor? signs=None, bool inverse=False, ScalarType? dtype=None) -> Tensor",
+    "step_(Tensor(a!)[] state, Tensor[] inputs, Tensor hyper, Tensor? random, str spec) -> ()",
 )
 for _schema in _SCHEMAS:
     LIBRARY.define(_schema, tags=_TAGS)
@@ -136,6 +139,16 @@ def _fake_rotate(
     return x.new_empty(x.shape, dtype=dtype or x.dtype)
 
 
+def _fake_step(
+    state: Sequence[torch.Tensor],
+    inputs: Sequence[torch.Tensor],
+    hyper: torch.Tensor,
+    random: torch.Tensor | None,
+    spec: str,
+) -> None:
+    check_step(state, inputs, hyper, random, spec)
+
+
 def _rotate_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     x, size, signs, inverse, _ = inputs
     ctx.save_for_backward(*([] if signs is None else [signs]))
@@ -212,7 +225,8 @@ for _name, _meaning, _meta in (
     ("decode", _decode, _fake_decode),
     ("rotate", rotate, _fake_rotate),
     ("fit_qparams", chosen_qparams, _fake_fit_qparams),
-    ("stored_step", rounded_step, rounded_step),
+    ("stored_scale", rounded_scale, rounded_scale),
+    ("step_", step_reference, _fake_step),
 ):
     LIBRARY.impl(_name, _meaning, "CompositeExplicitAutograd")
     torch.library.register_fake(f"qcompile::{_name}", _meta, lib=LIBRARY)
