@@ -26,13 +26,14 @@ from qcompile import compat
 from qcompile.codegen import inductor
 from qcompile.errors import QCError, warn
 from qcompile.ir.codec import quantize, refuse_nonfinite
-from qcompile.ir.scheme import PACKINGS
+from qcompile.ir.scheme import PACKINGS, Scheme
 from qcompile.packed import FLOATS, PackedParts, PackedWeight, attach, packed_weights, parametrized
 from qcompile.passes.detect.sites import is_head
 from qcompile.passes.rewrite.resolve import refuse_ragged
 from qcompile.plan.recipe import Choice, Recipe
 from qcompile.plan.site import Site
 from qcompile.plan.table import Printed, size_unit
+from qcompile.rounded import rounded_weight
 from qcompile.runtime.store import ordinary_tensors, warn_clamped
 
 
@@ -136,6 +137,8 @@ def convert(model: nn.Module, recipe: Any = "auto", *, strict: bool = False) -> 
         except QCError as error:
             raise error.at(first.path) from error
         choices[site.path] = choice
+        if (prepared := rounded_weight(first.module)) is not None:  # the scheme is the one it was trained in
+            choice = replace(choice, weight=Scheme.parse(prepared[1].scheme), reason="")
         if choice.weight is None or refused:
             kept += [(owner.path, choice.reason if choice.weight is None else refused) for owner in owners]
             continue
@@ -144,11 +147,16 @@ def convert(model: nn.Module, recipe: Any = "auto", *, strict: bool = False) -> 
         scheme = choice.weight
         if scheme.packing == PACKINGS[0]:
             scheme = replace(scheme, packing=inductor.packing(weight.device, choice.act))
-        parts = quantize(rows_of(weight, first), scheme, fit=choice.fit)
+        rounded = rounded_weight(first.module)
+        parts = quantize(
+            rows_of(weight, first), scheme, qparams=None if rounded is None else rounded[1].scales(), fit=choice.fit
+        )
         warn_clamped(parts, scheme, first.n, first.path)
         act = str(choice.act) if choice.act is not None else ""
         before = weight.numel() * weight.element_size()
         for owner in owners:
+            if rounded is not None:
+                parametrize.remove_parametrizations(owner.module, "weight", leave_parametrized=False)
             attach(
                 owner.module,
                 PackedWeight(
@@ -176,7 +184,7 @@ def _check(weight: torch.Tensor, owners: Sequence[_Owner], rules: Recipe, strict
     """Raise what `convert` would raise for a weight, before any other one has been given up."""
     first, refused = owners[0], next((owner.refused for owner in owners if owner.refused), "")
     choice = rules.resolve(site_of(weight, owners))
-    if choice.weight is None:
+    if choice.weight is None and rounded_weight(first.module) is None:
         return
     if refused and strict:
         raise QCError("convert.strict", "weight cannot be converted", where=first.path, why=refused)
@@ -213,6 +221,8 @@ def owners_by_weight(model: nn.Module) -> list[tuple[torch.Tensor, list[_Owner]]
     groups: dict[int, tuple[torch.Tensor, list[_Owner]]] = {}
     others: dict[int, str] = {}  # parameters in other places: packing them there would untie what is tied
     for path, module in model.named_modules(remove_duplicate=True):
+        if isinstance(module, parametrize.ParametrizationList) and "original" in module._parameters:
+            continue  # what stands behind a parametrized weight is looked at with the module that has the weight
         candidate = isinstance(module, (nn.Linear, nn.Embedding)) or keeps_transposed(module)
         for name, weight, refused in _matrices(module, candidate):
             n, k = (int(weight.shape[0]), int(weight.shape[-1])) if weight.dim() else (1, 1)
@@ -244,6 +254,8 @@ def _matrices(module: nn.Module, candidate: bool) -> Iterator[tuple[str, torch.T
         elif isinstance(module, nn.Embedding) and module.max_norm is not None:
             refused = "max_norm renormalizes the table in place on every call"
         yield "weight", weight, refused
+    elif candidate and (rounded := rounded_weight(module)) is not None:
+        yield "weight", rounded[0], ""
     elif candidate and not isinstance(parametrized(module).get("weight"), PackedParts):
         # weight_norm and its like: a matrix of the weight's shape stands for it in the report.
         made = max(module.parameters(), key=lambda p: p.numel(), default=torch.empty(0))

@@ -7,50 +7,22 @@ of its own. Nothing else changes: the float weight stays a parameter, eager mode
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
-import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-import qcompile.ir.ops  # noqa: F401  (registers the operators)
 from qcompile.conversion import module_of, owners_by_weight, rows_of, site_of
 from qcompile.errors import QCError
 from qcompile.ir.estimators import estimator_of, why_not_learned
 from qcompile.ir.fit import FITS
 from qcompile.ir.qparams import effective_scale
-from qcompile.ir.scheme import PACKINGS, Scheme
+from qcompile.ir.scheme import PACKINGS
 from qcompile.plan.recipe import Recipe
+from qcompile.rounded import RoundedWeight
 from qcompile.runtime.store import ordinary_tensors
-
-
-class RoundedWeight(nn.Module):
-    """The parametrization: a float weight, rounded with learned scales. Its parameters are those of the estimator, one
-    value for each scale (float32; LSQ: `step`).
-
-    Attributes:
-        scheme: canonical spelling.
-        estimator: name of the estimator.
-        transposed: the module keeps its weight as `[k, n]` (HF `Conv1D`).
-    """
-
-    def __init__(self, scheme: str, estimator: str, learned: Sequence[torch.Tensor], transposed: bool = False) -> None:
-        super().__init__()
-        self.scheme, self.estimator, self.transposed = scheme, estimator, transposed
-        for name, value in zip(estimator_of(estimator).learned, learned, strict=True):
-            self.register_parameter(name, nn.Parameter(value))
-
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        learned = list(self._parameters.values())
-        rows = weight.t() if self.transposed else weight
-        rounded: torch.Tensor = torch.ops.qcompile.fake_quant(rows, [], learned, self.scheme, self.estimator, "minmax")
-        return rounded.t() if self.transposed else rounded
-
-    def extra_repr(self) -> str:
-        return f"{self.scheme}, {self.estimator}" + (", transposed" if self.transposed else "")
 
 
 @dataclass(frozen=True)
@@ -117,12 +89,3 @@ def prepare(model: nn.Module, recipe: Any = "int4/g32:fp16", *, estimator: str =
             cast("nn.ModuleDict", owner.module.parametrizations).train(owner.module.training)
             done.append((owner.path, str(scheme)))
     return Preparation(tuple(done), tuple(kept))
-
-
-def rounded_weights(model: nn.Module) -> dict[str, Scheme]:
-    """Paths and schemes of the weights with learned scales."""
-    found = {}
-    for path, module in model.named_modules():
-        if isinstance(module, RoundedWeight):
-            found[path.replace(".parametrizations.weight.0", ".weight")] = Scheme.parse(module.scheme)
-    return found

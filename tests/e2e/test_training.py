@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from qcompile import QCError, prepare
+from qcompile import QCError, convert, prepare
 from qcompile.backend import watching
 from qcompile.ir.codec import dequantize, quantize
 from qcompile.ir.fit import why_unfit
@@ -289,6 +289,22 @@ def test_learned_scales(scheme: str, estimator: str) -> None:
         assert any(torch.equal(held(), d) for d in decoded)
     with torch.no_grad():
         assert torch.equal(y, model(ids))  # eager: the parametrization itself
+
+
+def test_prepared_weights_are_converted_as_they_are() -> None:
+    torch.manual_seed(0)
+    model, ids = Tied(), torch.randint(0, 48, (3, 5))
+    prepare(model, "int4/g32:fp16")
+    for name, parameter in model.named_parameters():
+        if name.endswith("step"):
+            parameter.data *= 0.7  # no scale that anybody would choose
+    with torch.no_grad():
+        want = model(ids)
+    report = convert(model, "int8")
+    assert {item.scheme for item in report.weights} == {"int4/g32:fp16"}
+    assert [name for name, _ in model.named_parameters() if "weight" in name] == []
+    with torch.no_grad():
+        assert torch.equal(model(ids), want)
 
 
 def test_learned_scales_need_prepare() -> None:
