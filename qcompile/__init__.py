@@ -58,11 +58,13 @@ def __getattr__(name: str) -> object:
     # Lazy: importing the backend loads Inductor, which a reader of `qcompile.Scheme` does not need.
     if name in _HOMES:
         return getattr(importlib.import_module(f"qcompile.{_HOMES[name]}"), name)
+    if name == "optim":  # as torch.optim is there after `import torch`
+        return importlib.import_module("qcompile.optim")
     raise AttributeError(f"module 'qcompile' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted({*globals(), *_HOMES, "optim"})
 
 
 importlib.import_module("qcompile.operators").arrange()  # torch.ops.qcompile.*, now or when torch is imported

@@ -13,7 +13,7 @@ from qcompile import optim
 STOCK: dict[str, tuple[str, dict[str, Any]]] = {
     "adamw": ("AdamW", {"lr": 3e-3}),
     "adamw-plain": ("AdamW", {"lr": 1e-2, "weight_decay": 0.0, "eps": 1e-6, "betas": (0.8, 0.95)}),
-    "adamw-far": ("AdamW", {"lr": 1e-2, "betas": (0.3, 0.9)}),  # Tensor.lerp computes from the other end
+    "adamw-far": ("AdamW", {"lr": 1e-2, "betas": (0.1, 0.9)}),  # Tensor.lerp computes from the other end
     "adam": ("Adam", {"lr": 1e-2, "weight_decay": 0.1}),
     "adam-max": ("Adam", {"lr": 1e-2, "amsgrad": True, "maximize": True}),
     "adam-none": ("Adam", {"lr": 1e-2, "betas": (0.0, 0.999)}),

@@ -107,8 +107,8 @@ def test_within_the_rounding_errors_of_each_step(name: str) -> None:
             if name in STOCK:
                 # The program is the optimizer. The bound is linear in the unit, which is 2**-29 of it in float64; a few more
                 # operations, or others, would make it a few times that. Only the weight of the far end of a `lerp` was a
-                # float32 number first, 1 - 0.7: that is off by half a unit of 0.7, not of 0.3.
-                factor = 2.0 if name == "adamw-far" else 2.0**-26
+                # float32 number first, 1 - 0.9: that is off by 2**-25, half a unit of 0.9, 5 times 0.1 * 2**-24.
+                factor = 5.5 if name == "adamw-far" else 2.0**-26
                 theirs = {"p": wide[i].detach(), **{m.name: after[i][m.key] for m in rule.moments}}
                 for key, x in theirs.items():
                     assert ((bound[key][0] - x).abs() <= bound[key][1] * factor).all(), (name, of, i, key)
@@ -127,6 +127,18 @@ def test_lion_is_that_of_the_paper() -> None:
         optimizer.step()
     # Steps of 2**-6 at most 20 times 4 roundings of numbers below 8 away, unless a sign was decided by rounding.
     assert ((p.double() - q).abs() <= 80 * 8 * 2.0**-24).all()
+
+
+def test_they_are_found_from_the_package() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import qcompile; print('optim' in dir(qcompile), qcompile.optim.SGD)"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split()[0] == "True", done.stderr
+    assert "qcompile.optim" in done.stdout
 
 
 @pytest.mark.parametrize("name", ["AdamW", "Adam", "SGD"])
