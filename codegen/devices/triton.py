@@ -16,7 +16,7 @@ import torch
 
 from qcompile import compat
 from qcompile.codegen.devices.triton_decoded import Call, cut_own, other_way, ways
-from qcompile.codegen.devices.triton_launch import dense_rows, memory_of_splits
+from qcompile.codegen.devices.triton_launch import SplitMemory, dense_rows
 from qcompile.codegen.devices.triton_lines import Layout, integer_sums
 from qcompile.codegen.devices.triton_numbers import Bytes, byte_operand, why_no_bytes, why_no_operand
 from qcompile.codegen.devices.triton_order import natural
@@ -172,11 +172,11 @@ class Matmul:
             return
         tile = fit(tile, self.text.layout, k)
         tiles = tiles_across(n, tile.columns, spec.paired) * ceil_div(m, tile.rows)
-        work = memory_of_splits(tiles, tile.splits, spec.sums * tile.rows * tile.columns, operands[-1])
-        self.kernel[tiles, tile.splits](
-            x, *operands, *work, m, k, ldx, *sizes, EVEN=k % self.text.layout.unit == 0,
-            **tile.constants, **tile.options, **begin_with_weights(x.device, tile),
-        )  # fmt: skip
+        with SplitMemory(tiles, tile.splits, spec.sums * tile.rows * tile.columns, operands[-1]) as work:
+            self.kernel[tiles, tile.splits](
+                x, *operands, *work, m, k, ldx, *sizes, EVEN=k % self.text.layout.unit == 0,
+                **tile.constants, **tile.options, **begin_with_weights(x.device, tile),
+            )  # fmt: skip
 
 
 def family(spec: KernelSpec) -> str:
