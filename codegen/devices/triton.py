@@ -16,7 +16,7 @@ import torch
 
 from qcompile import compat
 from qcompile.codegen.devices.triton_decoded import Call, cut_own, other_way, ways
-from qcompile.codegen.devices.triton_launch import dense_rows, memory_of_splits
+from qcompile.codegen.devices.triton_launch import SplitMemory, dense_rows
 from qcompile.codegen.devices.triton_lines import Layout, integer_sums
 from qcompile.codegen.devices.triton_numbers import Bytes, byte_operand, why_no_bytes, why_no_operand
 from qcompile.codegen.devices.triton_order import natural
@@ -109,6 +109,8 @@ class TritonLowering:
             and not _has_e4m3(self.architecture)
         ):
             reason = f"activation {spec.act}: {self.architecture} has no instruction that multiplies e4m3"
+        if not reason and spec.x == "f32" and spec.act is None and spec.paired:
+            reason = "two sums of activations in fp32: a thread has too few registers for them"
         if not reason and spec.x == "bf16" and _before_ampere(self.architecture):
             reason = f"activations in bf16: {self.architecture} has no arithmetic on them"
         if not reason and not compat.triton_version():
@@ -172,11 +174,11 @@ class Matmul:
             return
         tile = fit(tile, self.text.layout, k)
         tiles = tiles_across(n, tile.columns, spec.paired) * ceil_div(m, tile.rows)
-        work = memory_of_splits(tiles, tile.splits, spec.sums * tile.rows * tile.columns, operands[-1])
-        self.kernel[tiles, tile.splits](
-            x, *operands, *work, m, k, ldx, *sizes, EVEN=k % self.text.layout.unit == 0,
-            **tile.constants, **tile.options, **begin_with_weights(x.device, tile),
-        )  # fmt: skip
+        with SplitMemory(tiles, tile.splits, spec.sums * tile.rows * tile.columns, operands[-1]) as work:
+            self.kernel[tiles, tile.splits](
+                x, *operands, *work, m, k, ldx, *sizes, EVEN=k % self.text.layout.unit == 0,
+                **tile.constants, **tile.options, **begin_with_weights(x.device, tile),
+            )  # fmt: skip
 
 
 def family(spec: KernelSpec) -> str:
@@ -245,16 +247,20 @@ def cut(spec: KernelSpec, shape: Shape, shared: int, architecture: str = "") -> 
         rows = min(rows, 64)  # two accumulators, and the operands of more than two steps
     if layout.shifted and layout.cell:
         rows = min(rows, 64)  # a third accumulator
-    while rows > MMA and 2 * stage() > shared:
+    wide = int(spec.x == "f32" and spec.act is None)  # x is cut into terms of 16 bits, which lie beside it
+    if wide:
+        units, rows = 1, min(rows, 16 if layout.unit >= 512 else 32)
+    while rows > MMA and (2 + wide) * stage() > shared:
         rows //= 2
-    stages = max(1, min(shape.stages, shared // stage()))
-    registers = shape.registers if architecture.startswith("sm_") else 0
+    stages = max(1, min(shape.stages, shared // stage() - wide))
+    registers = (255 if wide else shape.registers) if architecture.startswith("sm_") else 0
     order = natural(architecture)
     return Tile(rows, shape.columns, units, 1, stages, shape.warps, shape.way, natural=order, registers=registers)
 
 
 def _for_pairs(spec: KernelSpec, shape: Shape, architecture: str) -> Shape:
-    """A line of the table for two sums, and two weights on their way: the largest tiles that were found to spill nothing."""
+    """A line of the table for two sums, and two weights on their way: the largest tiles that were found to spill nothing, but
+    for up to 100 bytes of a thread with some odd widths, zero points and residuals."""
     layout = Layout.of(spec.weight, spec.act)
     wide = layout.unit >= 512  # odd widths are decoded 512 columns at a time
     if architecture.startswith("gfx"):
@@ -262,6 +268,8 @@ def _for_pairs(spec: KernelSpec, shape: Shape, architecture: str) -> Shape:
     if architecture in ("", "sm_90"):
         return replace(shape, rows=min(shape.rows, 32 if wide and 0 < layout.group < layout.unit else 64))
     if architecture == "sm_100":  # sums of floats lie in a memory of their own, operands in shared memory
+        if wide:  # that memory has 512 columns
+            shape = replace(shape, columns=min(shape.columns, 64))
         return replace(shape, rows=min(shape.rows, 32 if layout.unit > 128 else 64))
     # Instructions that read both operands from registers.
     if spec.act is not None or spec.weight.format.bits == 8:

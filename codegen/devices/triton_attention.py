@@ -14,7 +14,7 @@ import torch
 
 from qcompile import compat
 from qcompile.codegen.devices.triton_attention_text import HEADS, AttentionSpec, AttentionText, attention_text
-from qcompile.codegen.devices.triton_launch import memory_of_splits
+from qcompile.codegen.devices.triton_launch import SplitMemory
 from qcompile.codegen.devices.triton_order import natural
 from qcompile.codegen.devices.triton_overlap import begin
 from qcompile.errors import QCError
@@ -108,9 +108,8 @@ def decode_attention(
     columns = HEADS if group > HEADS // 2 else HEADS // 2
     text = text_of(AttentionSpec(layout, DTYPES[q.dtype]))
     exponent = (dim**-0.5 if scale is None else scale) * math.log2(math.e)
-    with compat.on(q.device):
-        # The sums of each split, its maximum and its sum of probabilities.
-        work = memory_of_splits(blocks, block.splits, columns * (text.rows + 2), lengths)
+    rows = text.rows + 2  # the sums of each split, its maximum and its sum of probabilities
+    with compat.on(q.device), SplitMemory(blocks, block.splits, columns * rows, lengths) as work:
         compat.triton_kernel(text.source)[blocks, block.splits](
             q, *(part.view(torch.int32) for part in cache.parts), table, lengths, y, *work, exponent,
             kv, group, chunks, table.shape[1], table.stride(0), q.stride(0), q.stride(1), y.stride(0), y.stride(1),

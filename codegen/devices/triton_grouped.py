@@ -16,7 +16,7 @@ import torch
 
 from qcompile import compat
 from qcompile.codegen.devices.triton import Tile, choose, fit, quantize_input
-from qcompile.codegen.devices.triton_launch import dense_rows, memory_of_splits
+from qcompile.codegen.devices.triton_launch import SplitMemory, dense_rows
 from qcompile.codegen.devices.triton_overlap import begin
 from qcompile.codegen.devices.triton_text import Text, kernel_text
 from qcompile.codegen.spec import KernelSpec
@@ -77,12 +77,12 @@ class Grouped:
         experts, n = operands[self.text.inputs - 1].numel(), sizes[: spec.segments]
         tile = fit(tile or choose_grouped(spec, tuple(n), k, m, experts, x.device), self.text.layout, k)
         tiles = tiles_across(n, tile.columns, spec.paired) * tiles_of_rows(m, experts, tile.rows)
-        work = memory_of_splits(tiles, tile.splits, spec.sums * tile.rows * tile.columns, operands[-1])
-        self.kernel[tiles, tile.splits](
-            x, *operands, *work, m, k, experts, ldx, *sizes,
-            EVEN=k % self.text.layout.unit == 0, EXPERTS=max(LEAST, 1 << (experts - 1).bit_length()),
-            **tile.constants, **tile.options, **begin(x.device),
-        )  # fmt: skip
+        with SplitMemory(tiles, tile.splits, spec.sums * tile.rows * tile.columns, operands[-1]) as work:
+            self.kernel[tiles, tile.splits](
+                x, *operands, *work, m, k, experts, ldx, *sizes,
+                EVEN=k % self.text.layout.unit == 0, EXPERTS=max(LEAST, 1 << (experts - 1).bit_length()),
+                **tile.constants, **tile.options, **begin(x.device),
+            )  # fmt: skip
 
 
 def run_grouped(

@@ -72,6 +72,14 @@ def tickets(count: int, device: torch.device) -> torch.Tensor:
         return kept
 
 
+def clear(device: torch.device) -> None:
+    """Zeros in all counters of a device, after a kernel that left none. Not while one runs there."""
+    with _LOCK:
+        for zeros in _KEPT:
+            if zeros.device == device:
+                zeros.zero_()
+
+
 @functools.cache
 def _warn_filled() -> None:
     warn(
@@ -94,4 +102,4 @@ def _cut(count: int, device: torch.device) -> torch.Tensor | None:
     return slab.zeros[slab.used - length : slab.used]
 
 
-__all__ = ["tickets"]
+__all__ = ["clear", "tickets"]

@@ -65,7 +65,7 @@ class Epilogue(Pass):
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> None:
         for node in [n for n in gm.graph.nodes if n.target is torch.ops.qcompile.qmm.default]:
-            region = _grow_best(node, call_order(list(gm.graph.nodes)))
+            region = _grow_best(node, call_order(list(gm.graph.nodes)), ctx)
             if region is not None:
                 _fuse(gm.graph, node, region)
 
@@ -81,7 +81,7 @@ class _Region:
     nodes: tuple[fx.Node, ...]
 
 
-def _grow_best(qmm: fx.Node, order: Mapping[fx.Node, int]) -> _Region | None:
+def _grow_best(qmm: fx.Node, order: Mapping[fx.Node, int], ctx: PassContext) -> _Region | None:
     """The largest region with a single exit, over the two ways to read a qmm: whole, or by its two
     segments."""
     spec = MatmulSpec.parse(str(qmm.args[3]))
@@ -89,7 +89,7 @@ def _grow_best(qmm: fx.Node, order: Mapping[fx.Node, int]) -> _Region | None:
         return None
     found = None
     halves = _segments(qmm) if len(spec.n) == 2 and spec.n[0] == spec.n[1] else None
-    if halves is not None:
+    if halves is not None and _combines(qmm, spec, ctx):
         # A joined bias is cut in two views, one for each half.
         biases = _halves(qmm, spec.n[0]) if spec.epilogue else []
         texts = ("(a0+e0)", "(a1+e1)") if biases else ("a0", "a1")
@@ -99,6 +99,13 @@ def _grow_best(qmm: fx.Node, order: Mapping[fx.Node, int]) -> _Region | None:
                 qmm.graph.erase_node(node)
     whole = {qmm: f"({spec.epilogue or 'acc'})"}
     return found or _grow(whole, list(qmm.args[2]), list(spec.extras), order)  # type: ignore[arg-type]
+
+
+def _combines(qmm: fx.Node, spec: MatmulSpec, ctx: PassContext) -> bool:
+    """Whether a kernel combines two segments, if one multiplies them at all."""
+    x = value_of(qmm.args[0])
+    pair = replace(spec, epilogue="a0*a1", extras=())
+    return ctx.kernel(pair, x.device, x.dtype, None).found or not ctx.kernel(spec, x.device, x.dtype, None).found
 
 
 def _halves(qmm: fx.Node, n: int) -> list[fx.Node]:

@@ -101,6 +101,16 @@ def stays_in_registers(report: Report) -> bool:
     return not report.loop.shuffles and not {"STS", "STSM"} & set(report.loop.shared)
 
 
+@pytest.mark.parametrize("target", ["sm_86", "sm_90"])
+@pytest.mark.parametrize("scheme", ["int4/g128:fp16", "uint4/g32:fp16+m", "binary/g64:fp16", "int8/axis0"])
+def test_activations_in_fp32(scheme: str, target: str) -> None:
+    """Their terms of 16 bits lie beside them: tiles are smaller, and hold."""
+    spec = spec_of(scheme, dtype="f32")
+    (report,) = build(spec, tiles_of(target, spec)[-1], target).values()
+    assert report.fits, report
+    assert report.spill_bytes == 0, report
+
+
 @pytest.mark.parametrize("scheme", BUDGET)
 def test_few_rows_on_hopper(scheme: str) -> None:
     """Tensor cores that take the weight from registers: 16-byte loads, no shuffle, no conversion, no weight that comes back

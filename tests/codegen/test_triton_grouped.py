@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -260,14 +259,6 @@ def test_refusals_have_a_reason(change: dict[str, object], word: str) -> None:
     }
     with pytest.raises(QCError, match=word):
         run_grouped(spec, **{**given_, **change})  # type: ignore[arg-type]
-
-
-def test_golden_text() -> None:
-    """The whole text, to be read in a review. After a change that is meant: rewrite the file with the text of the spec."""
-    more = {"segments": 2, "epilogue": "silu(a0)*a1+e0", "extras": (("row", "f32"),)}
-    spec = spec_of("uint8/axis0:fp32+z", "bf16", "int8/token", **more)
-    file = Path(__file__).parent / "golden" / "experts.txt"
-    assert grouped_text(spec).source == file.read_text(encoding="utf-8")
 
 
 # What multiplies on each target: floats, and integers.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -165,22 +164,6 @@ def test_the_text_of_a_spec_is_always_the_same() -> None:
     first = text_of(spec).source
     text_of.cache_clear()
     assert text_of(spec).source == first
-
-
-GOLDEN = {
-    "weight_only": spec_of("int4/g128:fp16", "bf16"),
-    "operand": spec_of("uint3/g64:fp16+m", "f16", segments=2, epilogue="acc+e0", extras=(("row", "f32"),)),
-    "pair_of_bytes": spec_of("uint4/g128:fp16+z", "bf16", act="int8/token", segments=2, epilogue="silu(a0)*a1"),
-}
-
-
-@pytest.mark.parametrize("name", GOLDEN)
-def test_golden_text(name: str) -> None:
-    """The whole text, to be read in a review. After a change that is meant: rewrite the file with the text of the spec."""
-    file = Path(__file__).parent / "golden" / f"{name}.txt"
-    assert text_of(GOLDEN[name]).source == file.read_text(encoding="utf-8"), (
-        f"text_of(GOLDEN[{name!r}]).source is another text than {file}"
-    )
 
 
 def test_an_architecture_without_bf16_is_refused() -> None:

@@ -47,3 +47,18 @@ def test_pairs_on_every_target(scheme: str, act: str, target: str) -> None:
     assert report.loop.widest_of("W0") == report.loop.widest_of("W1") == 16
     assert wanted is not None
     assert all(name.startswith(wanted) for name in report.loop.mma)
+
+
+@pytest.mark.parametrize("scheme", ["binary/axis0", "binary/g64:fp16"])
+def test_pairs_of_bits_fit_where_sums_have_512_columns(scheme: str) -> None:
+    spec = replace(spec_of(scheme), segments=2, epilogue="silu(a0)*a1")
+    (report,) = build(spec, tiles_of("sm_100", spec)[-1], "sm_100").values()
+    assert report.fits, report
+
+
+@pytest.mark.parametrize("target", ["", *TARGETS])
+def test_pairs_in_fp32_have_no_kernel(target: str) -> None:
+    """A thread has too few registers; two results of one kernel are combined behind it."""
+    spec = replace(spec_of("int4/g128:fp16", dtype="f32"), segments=2, epilogue="silu(a0)*a1")
+    assert "fp32" in TritonLowering(architecture=target).supports(spec).reason
+    assert TritonLowering(architecture=target).supports(replace(spec, epilogue=""))

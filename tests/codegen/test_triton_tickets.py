@@ -94,6 +94,15 @@ def test_more_than_a_slab(device: type[Device]) -> None:
     assert apart(*places)
 
 
+@pytest.mark.parametrize("count", [SLAB // 2, SLAB])
+def test_a_large_call_leaves_room_for_a_recording(count: int, device: type[Device]) -> None:
+    """What it keeps for its stream is as much as a slab has; a recording behind it still finds some."""
+    tickets(count, CPU)
+    device.capturing = True
+    recorded = tickets(count, CPU)
+    assert recorded.untyped_storage().data_ptr() in {slab.untyped_storage().data_ptr() for slab in triton_tickets._KEPT}
+
+
 def test_a_call_before_each_recording_makes_room(device: type[Device]) -> None:
     """However many graphs are recorded: none has a fill, and all slabs stay, as graphs know addresses only."""
     places = []

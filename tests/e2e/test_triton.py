@@ -99,6 +99,16 @@ def test_one_kernel_for_each_matmul_with_its_end(dtype: torch.dtype) -> None:
     assert close(out, model, x, "uint4/g32:fp16+m")
 
 
+def test_gates_in_fp32_are_combined_behind_their_kernel() -> None:
+    """No kernel has registers for two sums in fp32; there still is one for gate and up."""
+    model, x = gated(torch.float32), torch.randn(5, 128)
+    out, (code,) = run_and_get_code(compiled(model, "int4/g64:fp16"), x)
+    called = launches(code.partition("def call(")[2].partition("return")[0])
+    assert called.count("qcompile_qmm") == 3
+    assert len(called) == 5  # norm, and silu(gate) * up
+    assert close(out, model, x, "int4/g64:fp16")
+
+
 @pytest.mark.parametrize("scheme", ["int8/axis0", "e4m3/axis0", "nf4/g64:fp16", "ternary/axis0", "int4/g128:fp16"])
 def test_schemes(scheme: str) -> None:
     model, x = gated(torch.bfloat16), torch.randn(7, 128, dtype=torch.bfloat16)
