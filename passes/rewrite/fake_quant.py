@@ -23,7 +23,7 @@ from qcompile.ir.scheme import PACKINGS, Scheme
 from qcompile.passes.base import Pass, PassContext
 from qcompile.passes.detect.sites import SITE
 from qcompile.passes.detect.weights import constant_nodes, weight_of
-from qcompile.passes.match import argument, insert, op_name, value_of
+from qcompile.passes.match import argument, effects_before, insert, op_name, value_of
 from qcompile.plan.plan import Decision
 from qcompile.runtime.pins import Pin
 
@@ -55,9 +55,11 @@ class _Rounder:
     rounded: dict[tuple[object, ...], fx.Node] = field(default_factory=dict)
     counted: set[tuple[str, ...]] = field(default_factory=set)
     constants: set[fx.Node] = field(init=False)
+    effects: dict[fx.Node, int] = field(init=False)  # an activation is shared where nothing was written in between
 
     def __post_init__(self) -> None:
         self.constants = constant_nodes(self.graph, self.ctx.inputs)
+        self.effects = effects_before(self.graph)
 
     def matmul(self, node: fx.Node, decision: Decision) -> None:
         x, weight = argument(node, 0, "input"), argument(node, 1, "weight")
@@ -97,7 +99,14 @@ class _Rounder:
         text = str(replace(scheme, packing=PACKINGS[0]))
         fit, estimator = (weight.fit, weight.estimator) if weight is not None else ("minmax", "ste")
         region = compat.checkpoint_of(node)
-        key = (operand, text, fit, estimator, region, operand in self.constants or node)
+        key = (
+            operand,
+            text,
+            fit,
+            estimator,
+            region,
+            None if operand in self.constants else self.effects.get(node, node),
+        )
         if key in self.rounded:
             return self.rounded[key]
         ops = torch.ops.qcompile

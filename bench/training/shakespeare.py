@@ -1,0 +1,312 @@
+"""Train a small LLaMA on Shakespeare's works, then fine-tune it rounded, and with optimizers that keep few bits.
+
+What rounding costs is told by three losses on text that no run has seen: of the float model that was fine-tuned (a), of that
+same model rounded afterwards (b), and of a model that was rounded in every step of an equally long fine-tuning (c).
+Training through the rounding recovers (b - c) / (b - a) of the gap. All runs of a seed see the same batches.
+
+    python bench/training/shakespeare.py [--quick] [--out train-results] [--only schemes|optimizers]
+
+Writes results.json and curves.png after every run, so that an interrupted one keeps what is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import qcompile
+from qcompile import optim
+from qcompile.demo import text
+
+WINDOW = 128  # tokens, which are characters
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of everything.
+
+    Attributes:
+        width, layers: of the model. batch: windows in a step. pretrain, tune: steps. seeds: orders of batches.
+        schemes: label -> (recipe, learned: whether scales are learned). windows: of the text that no run sees.
+    """
+
+    width: int
+    layers: int
+    batch: int
+    pretrain: int
+    tune: int
+    seeds: int
+    windows: int
+    schemes: Mapping[str, tuple[str, bool]]
+
+
+_SCHEMES = {
+    "int4 per channel": ("int4/axis0:fp32", True),
+    "int3 g32": ("int3/g32:fp16", True),
+    "int2 g32": ("int2/g32:fp16", True),
+    "w4a8": ("int4/axis0:fp32 int8/token", True),
+    "w4a4": ("int4/axis0:fp32 int4/token", True),
+}
+FULL = Plan(256, 4, 16, 500, 100, 3, 64, _SCHEMES)
+QUICK = Plan(128, 2, 8, 120, 40, 1, 16, {name: _SCHEMES[name] for name in ("int4 per channel", "int2 g32")})
+RATE, TUNE_RATE = 1.5e-3, 3e-4
+# Of the runs with optimizers: so small that a step is mostly less than half the spacing of bf16 numbers around a weight.
+SMALL_RATE = 2e-5
+
+
+class Corpus:
+    """Characters as tokens: those of the works, rare ones as one."""
+
+    def __init__(self) -> None:
+        whole = text.read("works")
+        counts: dict[str, int] = {}
+        for character in whole:
+            counts[character] = counts.get(character, 0) + 1
+        known = sorted(character for character, count in counts.items() if count >= 200)
+        index = {character: i + 1 for i, character in enumerate(known)}
+        tokens = torch.tensor([index.get(character, 0) for character in whole])
+        cut = len(tokens) * 19 // 20
+        self.vocabulary, self.train, self.held_out = len(known) + 1, tokens[:cut], tokens[cut:]
+
+    def batches(self, count: int, size: int, seed: int) -> Iterator[Tensor]:
+        """`count` batches `[size, WINDOW + 1]`, the same for a seed."""
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(count):
+            starts = torch.randint(0, len(self.train) - WINDOW - 1, (size,), generator=generator)
+            yield torch.stack([self.train[start : start + WINDOW + 1] for start in starts])
+
+    def unseen(self, windows: int) -> Tensor:
+        """`[windows, WINDOW + 1]`, spread evenly over the text that no run sees."""
+        step = (len(self.held_out) - WINDOW - 1) // windows
+        return torch.stack([self.held_out[i * step : i * step + WINDOW + 1] for i in range(windows)])
+
+
+def llama(plan: Plan, vocabulary: int) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=plan.width,
+        intermediate_size=plan.width * 11 // 4 // 32 * 32,
+        num_hidden_layers=plan.layers,
+        num_attention_heads=plan.width // 64,
+        num_key_value_heads=plan.width // 64,
+        max_position_embeddings=WINDOW,
+        use_cache=False,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config)
+
+
+def loss_of(run: Callable[..., Any], batch: Tensor) -> Tensor:
+    logits = run(input_ids=batch[:, :-1]).logits
+    return cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+
+
+@dataclass
+class Study:
+    """What is done, and where it is written."""
+
+    plan: Plan
+    corpus: Corpus
+    out: Path
+    progress: Progress
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    begun: float = field(default_factory=time.monotonic)
+
+    def evaluate(self, run: Callable[..., Any]) -> float:
+        """Mean loss on the unseen windows, in nats a character."""
+        windows = self.corpus.unseen(self.plan.windows)
+        with torch.no_grad():
+            found = [float(loss_of(run, batch)) for batch in windows.split(self.plan.batch)]
+        return sum(found) / len(found)
+
+    def train(
+        self, name: str, run: Callable[..., Any], optimizer: torch.optim.Optimizer, steps: int, seed: int, rate: float
+    ) -> list[float]:
+        """Train with a cosine schedule; the losses of all steps."""
+        bar, losses = self.progress.add_task(name, total=steps), []
+        for step, batch in enumerate(self.corpus.batches(steps, self.plan.batch, seed)):
+            scale = min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            for group in optimizer.param_groups:
+                group["lr"] = rate * scale
+            loss = loss_of(run, batch)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss))
+            self.progress.update(bar, advance=1, description=f"{name}: {losses[-1]:.3f}")
+        self.progress.remove_task(bar)
+        return losses
+
+    def keep(self, **run: Any) -> dict[str, Any]:
+        """Note a run, and write all of them."""
+        self.runs.append(run)
+        self.out.mkdir(parents=True, exist_ok=True)
+        content = {"torch": torch.__version__, "seconds": time.monotonic() - self.begun, "runs": self.runs}
+        (self.out / "results.json").write_text(json.dumps(content, indent=1))
+        return run
+
+
+def float_run(model: nn.Module) -> Callable[..., Any]:
+    torch._dynamo.reset()
+    return torch.compile(model)
+
+
+def rounded_run(model: nn.Module, recipe: str) -> Callable[..., Any]:
+    torch._dynamo.reset()
+    return torch.compile(model, backend="qcompile", options={"recipe": recipe, "policy": "memory"})
+
+
+def pretrained(study: Study) -> nn.Module:
+    model = llama(study.plan, study.corpus.vocabulary)
+    run = float_run(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
+    losses = study.train("pre-training", run, optimizer, study.plan.pretrain, 0, RATE)
+    study.keep(
+        kind="pretrain", losses=losses, loss=study.evaluate(run), parameters=sum(p.numel() for p in model.parameters())
+    )
+    return model
+
+
+def schemes(study: Study, start: nn.Module) -> None:
+    """The float model, rounded afterwards and rounded in training, for each seed."""
+    plan = study.plan
+    for seed in range(1, plan.seeds + 1):
+        tuned = copy.deepcopy(start)
+        run = float_run(tuned)
+        optimizer = torch.optim.AdamW(tuned.parameters(), lr=TUNE_RATE)
+        losses = study.train(f"float, seed {seed}", run, optimizer, plan.tune, seed, TUNE_RATE)
+        best = study.evaluate(run)
+        study.keep(kind="float", seed=seed, losses=losses, loss=best)
+        for name, (recipe, learned) in plan.schemes.items():
+            after = study.evaluate(rounded_run(copy.deepcopy(tuned), recipe))
+            model = copy.deepcopy(start)
+            if learned:
+                qcompile.prepare(model, recipe)
+            run = rounded_run(model, recipe)
+            groups = [
+                {"params": [p for n, p in model.named_parameters() if not n.endswith(".step")]},
+                {"params": [p for n, p in model.named_parameters() if n.endswith(".step")], "weight_decay": 0.0},
+            ]
+            optimizer = torch.optim.AdamW(groups, lr=TUNE_RATE)
+            losses = study.train(f"{name}, seed {seed}", run, optimizer, plan.tune, seed, TUNE_RATE)
+            trained = study.evaluate(run)
+            share = (after - trained) / (after - best) if after > best else math.nan
+            study.keep(
+                kind="scheme", scheme=name, recipe=recipe, seed=seed, losses=losses, loss=trained, float=best,
+                rounded=after, recovered=share,
+            )  # fmt: skip
+
+
+def optimizers(study: Study, start: nn.Module) -> None:
+    """The same steps with a small learning rate, parameters and state in fewer and fewer bits."""
+    plan = study.plan
+    cases: dict[str, tuple[torch.dtype, Callable[..., torch.optim.Optimizer]]] = {
+        "AdamW, fp32": (torch.float32, torch.optim.AdamW),
+        "AdamW, bf16 to nearest": (torch.bfloat16, torch.optim.AdamW),
+        "AdamW, bf16 stochastic": (torch.bfloat16, lambda p, lr: optim.AdamW(p, lr=lr, state_bits=32)),
+        "8-bit state, bf16 stochastic": (torch.bfloat16, lambda p, lr: optim.AdamW(p, lr=lr, state_bits=8)),
+        "4-bit state, bf16 stochastic": (torch.bfloat16, lambda p, lr: optim.AdamW(p, lr=lr, state_bits=4)),
+    }
+    for name, (dtype, make) in cases.items():
+        model = copy.deepcopy(start).to(dtype)
+        run = float_run(model)
+        before = study.evaluate(run)
+        optimizer = make(model.parameters(), lr=SMALL_RATE)
+        losses = study.train(name, run, optimizer, plan.tune, 1, SMALL_RATE)
+        tensors = [
+            t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t) and t.numel() > 1
+        ]
+        size = sum(t.numel() * t.element_size() for t in tensors)
+        study.keep(
+            kind="optimizer", optimizer=name, losses=losses, before=before, loss=study.evaluate(run), state_bytes=size
+        )
+
+
+def table(runs: list[dict[str, Any]]) -> Iterator[Table]:
+    rounded = [run for run in runs if run["kind"] == "scheme"]
+    if rounded:
+        found = Table(title="loss on unseen text, nats a character (mean of seeds)", title_justify="left")
+        for column in ("scheme", "float", "rounded after", "trained rounded", "recovered"):
+            found.add_column(column, justify="left" if column == "scheme" else "right")
+        for name in dict.fromkeys(run["scheme"] for run in rounded):
+            mine = [run for run in rounded if run["scheme"] == name]
+            means = [sum(run[key] for run in mine) / len(mine) for key in ("float", "rounded", "loss")]
+            gap = (means[1] - means[2]) / (means[1] - means[0]) if means[1] > means[0] else math.nan
+            found.add_row(name, *(f"{mean:.4f}" for mean in means), f"{gap:.0%}")
+        yield found
+    compared = [run for run in runs if run["kind"] == "optimizer"]
+    if compared:
+        found = Table(title=f"optimizers at a learning rate of {SMALL_RATE:g}", title_justify="left")
+        for column in ("optimizer", "loss before", "after", "state MB"):
+            found.add_column(column, justify="left" if column == "optimizer" else "right")
+        for run in compared:
+            found.add_row(
+                run["optimizer"], f"{run['before']:.4f}", f"{run['loss']:.4f}", f"{run['state_bytes'] / 1e6:.2f}"
+            )
+        yield found
+
+
+def curves(runs: list[dict[str, Any]], out: Path) -> None:
+    """Smoothed losses of all steps, as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.5))
+    for axis, kinds in zip(axes, (("float", "scheme"), ("optimizer",)), strict=True):
+        for run in runs:
+            if run["kind"] in kinds and run.get("seed", 1) == 1:
+                smooth = [sum(run["losses"][max(0, i - 9) : i + 1]) / min(i + 1, 10) for i in range(len(run["losses"]))]
+                axis.plot(smooth, label=run.get("scheme") or run.get("optimizer") or "float")
+        axis.set_xlabel("step")
+        axis.set_ylabel("training loss, mean of 10 steps")
+        axis.legend(fontsize=8)
+    axes[0].set_title("rounded in training")
+    axes[1].set_title("optimizers")
+    figure.tight_layout()
+    figure.savefig(out / "curves.png", dpi=120)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path("train-results"))
+    parser.add_argument("--only", choices=("schemes", "optimizers"))
+    options = parser.parse_args()
+    console = Console()
+    with Progress(console=console) as progress:
+        study = Study(QUICK if options.quick else FULL, Corpus(), options.out, progress)
+        try:
+            start = pretrained(study)
+            for part in (schemes, optimizers):
+                if options.only in (None, part.__name__):
+                    part(study, start)
+        except KeyboardInterrupt:
+            console.print("interrupted: what is done is kept")
+    for found in table(study.runs):
+        console.print(found)
+    curves(study.runs, options.out)
+    console.print(f"{time.monotonic() - study.begun:.0f} s, {options.out}/results.json and curves.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
