@@ -96,24 +96,9 @@ def operands(
         [part(p.name, p.shape[0], p.dtype) for n in sizes for operand in group for p in operand.parts(n)]
         for group in (spec.state, spec.inputs)
     ]
-    for operand, t in _four_bits(spec, sizes, lists):
-        t[-1:] &= 15 if operand % 2 else 255  # the half that no element uses
     numbers = torch.rand(len(sizes), len(spec.hyper), generator=generator, dtype=torch.float32)
     random = torch.randint(0, 1 << 31, (len(sizes), len(RANDOM)), generator=generator)
     return lists[0], lists[1], numbers, random if spec.stochastic else None
-
-
-def _four_bits(spec: StepSpec, sizes: Sequence[int], lists: Sequence[list[Tensor]]) -> list[tuple[int, Tensor]]:
-    """Size and codes of every operand of 4 bits."""
-    found = []
-    for group, tensors in zip((spec.state, spec.inputs), lists, strict=True):
-        every = iter(tensors)
-        for n in sizes:
-            for operand in group:
-                parts = [next(every) for _ in operand.parts(n)]
-                if operand.storage.bits == 4:
-                    found.append((n, parts[0]))
-    return found
 
 
 def trial(spec: StepSpec, operator: Operator) -> str:
