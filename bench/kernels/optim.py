@@ -4,13 +4,13 @@
     QCOMPILE_ISA=avx2 python bench/kernels/optim.py   # the AVX2 kernels, also on a machine with AVX-512
     python bench/kernels/optim.py --quick --json out.json
 
-Everybody steps parameters of the shapes of a small language model, float32 with float32 gradients, or bfloat16 where that is
-said. Times are of whole calls of `step()`, Python included. Contestants run interleaved, round after round, and each reports its
-median: a busy neighbour hits all of them alike, so compare ratios inside one run only. "x compiled" is the time of
-`torch.compile` around `torch.optim.AdamW(foreach=True).step()` with float32 state, divided by the contestant's.
+Everybody steps parameters of the shapes of a small language model, float32 with float32 gradients, or bfloat16 where that
+is said. Times are of whole calls of `step()`, Python included. Contestants run interleaved, round after round, and each
+reports its median: a busy neighbour hits all of them alike, so compare ratios inside one run only. "x compiled" is the time
+of `torch.compile` around `torch.optim.AdamW(foreach=True).step()` with float32 state, divided by the contestant's.
 
-Before anything is timed each kernel's parameters and state after a step are compared, bit for bit, with the plain-torch meaning's;
-a difference ends the run with an error.
+Before anything is timed each kernel's parameters and state after a step are compared, bit for bit, with those of the
+plain-torch meaning; a difference ends the run with an error.
 """
 
 from __future__ import annotations

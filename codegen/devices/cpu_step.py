@@ -30,7 +30,7 @@ _FUNCTIONS = {
 SPELLING = Spelling(
     _FUNCTIONS, lambda number: f"fset({literal(number)})", lambda result, text: f"const VF {result} = {text};"
 )
-_STOCHASTIC = {"bf16": "stochastic_bf16", "f16": "stochastic_fp16"}
+_STOCHASTIC = {"bf16": "round_bf16", "f16": "round_f16"}
 
 
 def _array(kind: str, name: str, values: Iterator[str] | list[str]) -> str:
@@ -42,7 +42,7 @@ def format_text(storage: Storage) -> str:
     """The type of a format of codes."""
     fmt = storage.format
     if fmt.kind == "int":
-        return f"using {fmt.name}_t = Integers<{fmt.offset}, {int(fmt.low)}, {int(fmt.max)}>;\n"
+        return f"using {fmt.name}_codes = Integers<{fmt.offset}, {int(fmt.low)}, {int(fmt.max)}>;\n"
     levels = levels_of(fmt)
     text = f"struct {fmt.name}_levels {{\n"
     text += _array("uint32_t", "LEVEL", [f"0x{pattern(level):08x}" for level in levels.levels])
@@ -57,7 +57,7 @@ def format_text(storage: Storage) -> str:
         for name in ("start", "slope", "shift", "most"):
             text += _array("float", f"LINE_{name.upper()}", map(literal, getattr(lines, name)))
         text += f"  static constexpr float NEAR = {literal(lines.near)};\n"
-    return text + f"}};\nusing {fmt.name}_t = Table<{fmt.name}_levels>;\n"
+    return text + f"}};\nusing {fmt.name}_codes = Table<{fmt.name}_levels>;\n"
 
 
 def parts_text(spec: StepSpec) -> tuple[str, dict[str, int]]:
@@ -110,7 +110,7 @@ def tile_text(spec: StepSpec, at: dict[str, int]) -> str:
         begin.append(f"const VF x_{name} = fset(h[{i}]);")
     for o in spec.operands:
         name, storage, k = o.name, o.storage, at[o.name]
-        kind, ctype = DTYPES[storage.name] if storage.plain else (f"{storage.name}_t", "uint8_t")
+        kind, ctype = DTYPES[storage.name] if storage.plain else (f"{storage.name}_codes", "uint8_t")
         begin.append(f"auto* const a_{name} = ({ctype}*)at[{k}];")
         codes = f"a_{name}"
         if not storage.plain:
@@ -132,7 +132,7 @@ def tile_text(spec: StepSpec, at: dict[str, int]) -> str:
             value = SPELLING.value(spec.results[name], spec)
             stores.append(f"fstore(r_{name} + e, {value});" if _waits(o) else f"{kind}::store(a_{name} + e, {value});")
         if o.written and storage.plain and storage.stochastic:
-            after.append(f"round_plain(r_{name}, n, random, a_{name}, {_STOCHASTIC[storage.name]});")
+            after.append(f"{_STOCHASTIC[storage.name]}(r_{name}, n, random, a_{name});")
         elif o.written and not storage.plain:
             random = ", random" if storage.stochastic else ""
             after.append(f"encode<{kind}, {storage.block}>(r_{name}, n, {codes}, s_{name}{random});")

@@ -26,18 +26,23 @@ struct Random {
 
 // ------------------------------------------------------------------------------------------------------- formats of codes
 // 4 bits, two per byte <-> a byte each.
+typedef uint8_t B32 __attribute__((vector_size(32)));
+typedef uint16_t H32 __attribute__((vector_size(64)));
 INL void widen(uint8_t* codes, const uint8_t* packed) {
-  for (int i = 0; i < TILE / 2; i++) {
-    const uint16_t pair = (uint16_t)((packed[i] | packed[i] << 4) & 0x0f0f);
-    memcpy(codes + 2 * i, &pair, 2);
+  for (int i = 0; i < TILE; i += 64) {
+    B32 bytes;
+    memcpy(&bytes, packed + i / 2, 32);
+    const H32 pair = __builtin_convertvector(bytes, H32), apart = (pair | pair << 4) & 0x0f0f;
+    memcpy(codes + i, &apart, 64);
   }
 }
 INL void narrow4(uint8_t* packed, uint8_t* codes, int n) {
   if (n % 2) codes[n] = 0;  // the half that no element uses
-  for (int i = 0; i < TILE / 2; i++) {
-    uint16_t pair;
-    memcpy(&pair, codes + 2 * i, 2);
-    packed[i] = (uint8_t)(pair | pair >> 4);
+  for (int i = 0; i < TILE; i += 64) {
+    H32 pair;
+    memcpy(&pair, codes + i, 64);
+    const B32 bytes = __builtin_convertvector((pair | pair >> 4) & 0xff, B32);
+    memcpy(packed + i / 2, &bytes, 32);
   }
 }
 
@@ -205,14 +210,21 @@ template <class F, int BLOCK> INL void encode(float* x, int n, uint8_t* codes, f
   cut(x, n);
   for (int b = 0; b < TILE / BLOCK; b++) {
     const float inverse = inverse_of<F, BLOCK>(x + b * BLOCK, scales + b);
-    for (int i = b * BLOCK; i < (b + 1) * BLOCK; i++) x[i] = inverse > 0 ? x[i] * inverse : 0.0f;
+    const VF zero = fset(0.0f);
+    for (int i = b * BLOCK; i < (b + 1) * BLOCK; i += 16)
+      fstore(x + i, inverse > 0 ? fmul(fload(x + i), fset(inverse)) : zero);
   }
   random.philox.each(n, random.offset, BITS_OF {
     _Pragma("omp simd") for (int64_t j = 0; j < count; j++) codes[i + j] = F::random(x[i + j], bits[j]);
   });
 }
-template <class T> INL void round_plain(const float* x, int n, const Random& random, uint16_t* out, T round) {
+INL void round_bf16(const float* x, int n, const Random& random, uint16_t* out) {
   random.philox.each(n, random.offset, BITS_OF {
-    _Pragma("omp simd") for (int64_t j = 0; j < count; j++) out[i + j] = round(x[i + j], bits[j]);
+    _Pragma("omp simd") for (int64_t j = 0; j < count; j++) out[i + j] = stochastic_bf16(x[i + j], bits[j]);
+  });
+}
+INL void round_f16(const float* x, int n, const Random& random, uint16_t* out) {
+  random.philox.each(n, random.offset, BITS_OF {
+    _Pragma("omp simd") for (int64_t j = 0; j < count; j++) out[i + j] = stochastic_fp16(x[i + j], bits[j]);
   });
 }
