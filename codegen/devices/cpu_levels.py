@@ -98,14 +98,18 @@ def levels_of(fmt: Format) -> Levels:
 
 
 def _fitted(reached: tuple[float, ...], begin: int, end: int) -> tuple[float, float, Fraction] | None:
-    """Slope and shift of a line that is right from boundary `begin` up to boundary `end`, and its `near`."""
+    """Slope and shift of a line from boundary `begin` up to boundary `end`, and its `near`; None when none fits.
+
+    The line must have reached the whole number of each boundary there, and be less than `near` above it just below. Just below
+    the first one it is not asked.
+    """
     if end - begin == 1:
         return 0.0, begin + 1.5, Fraction(0)
     runs = [Fraction(b) for b in reached[begin:end]]
     slope = float((len(runs) - 2) / (runs[-1] - runs[1]) if len(runs) > 2 else 1 / (runs[1] - runs[0]))
     slope = float32_towards(slope, math.inf)
-    # Not below the whole number at its boundary: the rest of an exact sum, rounded upwards, and whole numbers are floats.
-    needed = max(begin + 1 + i - Fraction(slope) * b for i, b in enumerate(runs[1:], 1))
+    # Whole numbers are floats, so what is not below one is not rounded below it.
+    needed = max(begin + 1 + i - Fraction(slope) * b for i, b in enumerate(runs))
     shift = float32_towards(float(needed), math.inf)
     while Fraction(shift) < needed:
         shift = float32_towards(shift, math.inf, strictly=True)
@@ -113,9 +117,7 @@ def _fitted(reached: tuple[float, ...], begin: int, end: int) -> tuple[float, fl
     for i, b in enumerate(reached[begin + 1 : end], 1):
         below = Fraction(float32_towards(b, -math.inf, strictly=True))
         over = max(over, Fraction(slope) * below + Fraction(shift) - (begin + 1 + i))
-    if Fraction(slope) * runs[0] + Fraction(shift) < begin + 1 or 2 * over > WIDEST:
-        return None
-    return slope, shift, 2 * over
+    return (slope, shift, 2 * over) if 2 * over <= WIDEST else None
 
 
 def _lines(reached: tuple[float, ...]) -> Lines | None:
