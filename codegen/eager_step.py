@@ -44,9 +44,10 @@ def step_on_cpu(
     if operator is None or what.stochastic != (random is not None):
         return step_reference(state, inputs, hyper, random, spec)
     try:
-        # What autograd has to know, it knows: the kernel is an operator too, and would tell it again.
         with torch._C._AutoDispatchBelowAutograd():
             operator(state, inputs, hyper, hyper if random is None else random)
+        # Autograd has to know that what it may have saved is another now; nobody told it.
+        torch.autograd.graph.increment_version([t for t in state if not t.is_inference()])
     except RuntimeError as error:
         if (text := str(error).partition("\n")[0]).startswith("step_: "):
             check_step(state, inputs, hyper, random, spec)  # has more words for what does not fit
