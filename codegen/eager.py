@@ -34,7 +34,8 @@ from qcompile.ir.matmul import OUT_DTYPES, MatmulSpec, evaluate_epilogue
 
 Operator = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], Sequence[int], int], Tensor]
 Call = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Tensor]
-Spec, Made = TypeVar("Spec"), TypeVar("Made")
+Spec = TypeVar("Spec")
+Made = TypeVar("Made")
 
 _LOCK = threading.Lock()
 _OPERATORS: dict[KernelSpec, Operator | None] = {}  # None: looked for, and there is none

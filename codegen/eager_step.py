@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ def _made(spec: StepSpec) -> tuple[Operator | None, str]:
     if cpp_compiler() is None:
         return None, "no C++ compiler"
     try:
-        operator = load_operator(step_text(spec, detect_isa()))
+        operator = cast("Operator", load_operator(step_text(spec, detect_isa())))
         reason = trial(spec, operator)
     except Exception as error:  # the toolchain, the loader or torch: what they raise differs by release
         return None, f"{type(error).__name__}: {error}"

@@ -93,8 +93,6 @@ def check(bits: int, dtype: torch.dtype) -> None:
 
 def contestants(layers: int, quick: bool) -> list[Contestant]:
     stock = torch.optim.AdamW(parameters(layers, torch.float32), foreach=True, **SETTINGS)
-    for group in stock.param_groups:
-        group["lr"] = torch.tensor(group["lr"])  # a number would compile again whenever a schedule changes it
     compiled = torch.compile(stock.step)
     found = [Contestant("torch AdamW float32, compiled", compiled)]
     fused = torch.optim.AdamW(parameters(layers, torch.float32), fused=True, **SETTINGS)

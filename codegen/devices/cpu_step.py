@@ -62,7 +62,8 @@ def format_text(storage: Storage) -> str:
 
 def parts_text(spec: StepSpec) -> tuple[str, dict[str, int]]:
     """The table of tensors, and the number of the first one of each operand."""
-    rows, at = [], {}
+    rows: list[str] = []
+    at: dict[str, int] = {}
     for operand in (*spec.state, *spec.inputs):
         storage, flags = operand.storage, f"{str(operand.read).lower()}, {str(operand.written).lower()}"
         at[operand.name] = len(rows)

@@ -71,13 +71,10 @@ SPECS = {
     "storages": STORAGES,
     "program": PROGRAM,
     "adamw8": ADAMW,
-    "adam4": adamw(
-        "f32", "f32", "dyn4/g128", "ulin4/g128", decoupled_weight_decay=False, amsgrad=True, maximize=True, betas=(0, 0)
-    ),
     "momentum": momentum("f16~", "f16", "dyn8/g64"),
     "lion": lion("int8/g256~", "f32", "dyn4/g128"),
 }
-BUILDS = [(name, isa) for name in ("storages", "adamw8") for isa in RUNNABLE]
+BUILDS = [("storages", isa) for isa in RUNNABLE]
 BUILDS += [(name, BEST) for name in SPECS if (name, BEST) not in BUILDS]
 builds = pytest.mark.parametrize(("name", "isa"), BUILDS)
 
@@ -120,7 +117,7 @@ def same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
 
 
 @builds
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     sizes=st.lists(st.integers(0, 40) | st.integers(0, 5000), max_size=4),
     seed=st.integers(0, 2**31),
@@ -174,7 +171,7 @@ def test_beside_every_boundary(isa: str, top: float) -> None:
 @builds
 def test_numbers_between_boundaries(name: str, isa: str) -> None:
     """So many that some come out beside a whole number and are looked for."""
-    made = drawn(SPECS[name], [1 << 18], 3)
+    made = drawn(SPECS[name], [1 << 16], 3)
     assert same(run(kernel(SPECS[name], isa), made), meant(SPECS[name], made))
 
 
@@ -220,7 +217,7 @@ def test_a_shard_has_the_bytes_of_the_whole(name: str) -> None:
 
 @pytest.mark.parametrize("name", SPECS)
 def test_threads_do_not_matter(name: str) -> None:
-    made = drawn(SPECS[name], [40000, 5, 33333, 0, 70000])
+    made = drawn(SPECS[name], [20000, 5, 33333, 0, 17])
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):

@@ -151,7 +151,7 @@ template <class L> struct Table {
     const VF near = fset(L::NEAR), factor = fset(inverse);
     __mmask16 beside[N / 16];
     uint32_t any = 0;
-    UNROLL for (int v = 0; v < N / 16; v++) {
+    _Pragma("GCC unroll 4") for (int v = 0; v < N / 16; v++) {
       const VF y = fmul(fload(x + 16 * v), factor);
       const VI bits = bits_of(y, (127 - 31) << 23), octave = ishr<23>(bits);
       const VF size = ffrom(bits);
@@ -186,7 +186,7 @@ template <class L> struct Table {
 template <class F, int BLOCK> INL float inverse_of(const float* x, float* scale) {
   VI top = iset(0);
   // Patterns of sizes are in the order of sizes, infinity after all numbers, NaN after infinity.
-  UNROLL for (int i = 0; i < BLOCK; i += 16) top = imax(top, size_bits(fload(x + i)));
+  _Pragma("GCC unroll 4") for (int i = 0; i < BLOCK; i += 16) top = imax(top, size_bits(fload(x + i)));
   const int32_t largest = itop(top);
   float s = bits_float((uint32_t)largest) / F::MAX;
   if (largest >= 0x7f800000) s = std::numeric_limits<float>::quiet_NaN();
