@@ -13,12 +13,14 @@ from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qcompile.errors import warn
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+T = TypeVar("T")
 
 
 def arrange() -> None:
@@ -67,6 +69,8 @@ def _register() -> None:
 
     ops.LIBRARY.impl("qmm", _from_the_first_call(_on_cpu), "CPU")
     ops.LIBRARY.impl("qmm", _from_the_first_call(_on_gpu), "CUDA")
+    for device in ("CPU", "CUDA"):  # on CPUs where kernels are interpreted
+        ops.LIBRARY.impl("step_", _from_the_first_call(_step), device)
 
 
 def _on_cpu() -> Callable[..., Tensor]:
@@ -81,14 +85,20 @@ def _on_gpu() -> Callable[..., Tensor]:
     return qmm_on_gpu
 
 
-def _from_the_first_call(find: Callable[[], Callable[..., Tensor]]) -> Callable[..., Tensor]:
-    """A function that is looked for when it is first called."""
-    kernel: Callable[..., Tensor] | None = None
+def _step() -> Callable[..., None]:
+    from qcompile.codegen.devices.triton_step import step_
 
-    def call(x: Tensor, parts: Sequence[Tensor], extras: Sequence[Tensor], spec: str) -> Tensor:
+    return step_
+
+
+def _from_the_first_call(find: Callable[[], Callable[..., T]]) -> Callable[..., T]:
+    """A function that is looked for when it is first called."""
+    kernel: Callable[..., T] | None = None
+
+    def call(*operands: Any) -> T:
         nonlocal kernel
         if kernel is None:
             kernel = find()
-        return kernel(x, parts, extras, spec)
+        return kernel(*operands)
 
     return call
