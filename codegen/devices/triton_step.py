@@ -30,7 +30,6 @@ from qcompile.ir import ops
 from qcompile.ir.step import StepSpec
 from qcompile.ir.step_reference import check_step, step_reference
 
-WARPS = ROWS // 32  # on devices of 64 lanes a block has twice the threads, and each has half of a row
 KEPT = 64  # tables of addresses that are kept
 WRITTEN = 64  # addresses that one kernel writes
 
@@ -76,12 +75,18 @@ def step_by_kernel(
         levels = [_levels(text.levels, device)] if text.levels else []
         table = _addresses(tuple(addresses), device)
         hyper_row = hyper.shape[1] if hyper.dim() == 2 else 0
+        warps = warps_of(compat.architecture(device))
         rest = [hyper, *([] if random is None else [random]), *levels]
         for tiles, wide in launches:
             compat.triton_kernel(text.source)[(len(tiles),)](
-                tiles, table, *rest, hyper_row, WIDE=wide, num_warps=WARPS, enable_fp_fusion=False
+                tiles, table, *rest, hyper_row, WIDE=wide, num_warps=warps, enable_fp_fusion=False
             )
     torch.autograd.graph.increment_version([t for t in state if not t.is_inference()])
+
+
+def warps_of(architecture: str) -> int:
+    """Warps of a block, which has a thread for each row."""
+    return ROWS // (64 if architecture.startswith("gfx9") else 32)
 
 
 def _by_parameter(
@@ -200,4 +205,4 @@ def _writer() -> str:
     )
 
 
-__all__ = ["step_", "step_by_kernel"]
+__all__ = ["step_", "step_by_kernel", "warps_of"]

@@ -32,7 +32,7 @@ class Search:
     Attributes:
         zero: code of 0. signed: whether numbers below 0 have levels; where not, they have the first one.
         bounds: ascending. lines: (slope, offset): the floor of the least `slope * |y| + offset` is k or k - 1.
-        lifted: whether it may be below 0, which stands for 0.
+        lifted: whether it may be below 0, which then stands for 0.
     """
 
     zero: int
@@ -42,12 +42,15 @@ class Search:
 
     @property
     def lifted(self) -> bool:
-        return min(offset for _, offset in self.lines) < ROOM / 2
+        """See the class; what is rounded, half less, is above 0 where not."""
+        return min(offset for _, offset in self.lines) < 0.5 + ROOM
 
 
 @functools.cache
 def search(fmt: Format) -> Search | None:
     """How to find codes of a table whose largest level is 1; None where few lines do not tell."""
+    if fmt.kind != "table" or fmt.max != 1:
+        return None
     every = boundaries(fmt)
     signed = fmt.low < 0
     zero = sum(b <= 0 for b in every) if signed else 0
@@ -58,7 +61,7 @@ def search(fmt: Format) -> Search | None:
         if fmt.table[zero] != 0 or mirrored != bounds[: len(mirrored)]:
             return None
     lines = _lines(bounds)
-    if fmt.max != 1 or not bounds or bounds[0] <= 0 or len(lines) > 12 or not _right(bounds, lines):
+    if not bounds or bounds[0] <= 0 or len(lines) > 12 or not _right(bounds, lines):
         return None
     return Search(zero, signed, bounds, lines)
 

@@ -82,22 +82,28 @@ def stored(pointer, row, count, x, PIECE: tl.constexpr, WIDE: tl.constexpr):
     else:
         element = row[:, None] * 16 + tl.arange(0, 16)[None, :]
         tl.store(pointer + element, x, mask=element < count)''',
-    "halves_loaded": '''@triton.jit
-def halves_loaded(pointer, row, count, WIDE: tl.constexpr):
-    """Codes of 4 bits of rows of 16, the first of two in the lower half of a byte."""
+    "pairs_loaded": '''@triton.jit
+def pairs_loaded(pointer, row, count, WIDE: tl.constexpr):
+    """Bytes of rows of 16 codes of 4 bits, the first of two in the lower half."""
     byte = tl.arange(0, 8)[None, :]
     inside = (row * 16 < count)[:, None] if WIDE else row[:, None] * 16 + 2 * byte < count
-    both = tl.load(pointer + row[:, None] * 8 + byte, mask=inside, other=0)
-    return tl.reshape(tl.join(both & 15, both >> 4), (row.shape[0], 16))''',
-    "halves_stored": '''@triton.jit
-def halves_stored(pointer, row, count, code, WIDE: tl.constexpr):
-    """Write what `halves_loaded` reads. The half that no element uses becomes 0."""
+    return tl.load(pointer + row[:, None] * 8 + byte, mask=inside, other=0)''',
+    "pairs_stored": '''@triton.jit
+def pairs_stored(pointer, row, count, low, high, WIDE: tl.constexpr):
+    """Write what `pairs_loaded` reads. The half that no element uses becomes 0."""
     byte = tl.arange(0, 8)[None, :]
     inside = (row * 16 < count)[:, None] if WIDE else row[:, None] * 16 + 2 * byte < count
     if not WIDE:
-        code = tl.where(row[:, None] * 16 + tl.arange(0, 16)[None, :] < count, code, 0)
-    low, high = tl.split(tl.reshape(code, (row.shape[0], 8, 2)))
+        high = tl.where(row[:, None] * 16 + 2 * byte + 1 < count, high, 0)
     tl.store(pointer + row[:, None] * 8 + byte, (low | (high << 4)).to(tl.uint8), mask=inside)''',
+    "side_by_side": '''@triton.jit
+def side_by_side(low, high):
+    """Rows of 8 pairs as rows of 16."""
+    return tl.reshape(tl.join(low, high), (low.shape[0], 16))''',
+    "in_pairs": '''@triton.jit
+def in_pairs(x):
+    """Rows of 16 as the first and the second of 8 pairs."""
+    return tl.split(tl.reshape(x, (x.shape[0], 8, 2)))''',
     "largest": '''@triton.jit
 def largest(x, row, count, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     """The largest |x| of blocks of so many rows, for each row, as bits: of those NaN is larger than infinity."""
@@ -126,8 +132,9 @@ def scaled(x, scale):
     return tl.where(used[:, None], x * inverse[:, None], 0.0)''',
     "entries": '''@triton.jit
 def entries(table, code):
-    """A table's entries. Threads keep the elements that they have: without a hint, lanes would trade them."""
-    return tl.load(table + tl.max_contiguous(tl.multiple_of(code, (1, 1)), (1, 16)))''',
+    """A table's entries. Threads keep the elements that they have, as many as of codes: without a hint lanes trade them."""
+    COLUMNS: tl.constexpr = code.shape[1]
+    return tl.load(table + tl.max_contiguous(tl.multiple_of(code, (1, 1)), (1, COLUMNS)))''',
 }
 HELPERS |= {name: RANDOM[name] for name in ("random_words", "random_sixteen")}
 HELPERS |= {name: text for name, text in RANDOM.items() if name.startswith("stochastic_")}
@@ -227,19 +234,23 @@ class _Writer:
         if storage.plain:
             yield f"x_{name} = loaded(at_{name}, row, count, {PIECES[storage.name]}, WIDE).to(tl.float32)"
             return
+        codes = [f"c_{name}"]
         if storage.bits == 4:
-            yield f"c_{name} = halves_loaded(at_{name}, row, count, WIDE).to(tl.int32)"
+            codes = [f"c_{name} & 15", f"c_{name} >> 4"]
+            yield f"c_{name} = pairs_loaded(at_{name}, row, count, WIDE).to(tl.int32)"
         else:
             yield f"c_{name} = loaded(at_{name}, row, count, {PIECES['codes']}, WIDE).to(tl.int32)"
-        yield (
-            f"s_{name} = tl.load(scale_{name} + row // {storage.block // COLUMNS}, mask=row * {COLUMNS} < count, other=0.0)"
-        )
-        if storage.format.kind == "int":
-            # A float without a conversion: beside 2^23 the last place is 1.
-            level = f"(c_{name} | 0x4B000000).to(tl.float32, bitcast=True) - {8388608.0 + storage.format.offset!r}"
-        else:
-            level = f"entries(LEVELS + {self._table(storage.format, 'values', storage.format.values)}, c_{name})"
+        inside = f"row * {COLUMNS} < count"
+        yield f"s_{name} = tl.load(scale_{name} + row // {storage.block // COLUMNS}, mask={inside}, other=0.0)"
+        levels = [self._level(storage.format, code) for code in codes]
+        level = levels[0] if len(levels) == 1 else f"side_by_side({', '.join(levels)})"
         yield f"x_{name} = ({level}) * s_{name}[:, None]"
+
+    def _level(self, fmt: Format, code: str) -> str:
+        if fmt.kind == "int":
+            # A float without a conversion: beside 2^23 the last place is 1.
+            return f"({code} | 0x4B000000).to(tl.float32, bitcast=True) - {8388608.0 + fmt.offset!r}"
+        return f"entries(LEVELS + {self._table(fmt, 'values', fmt.values)}, {code})"
 
     def _written(self, o: Operand, x: str) -> Iterator[str]:
         name, storage = o.name, o.storage
@@ -253,11 +264,19 @@ class _Writer:
         yield f"w_{name} = scale_of(largest({x}, row, count, {rows}, WIDE), {storage.format.max!r})"
         yield f"tl.store(scale_{name} + row // {rows}, w_{name}, mask=(row % {rows} == 0) & (row * {COLUMNS} < count))"
         yield f"y_{name} = scaled({x}, w_{name})"
-        yield from self._code(name, storage.format, storage.stochastic)
-        if storage.bits == 4:
-            yield f"halves_stored(at_{name}, row, count, k_{name}, WIDE)"
-        else:
+        if storage.bits == 8:
+            yield from self._code(name, storage.format, storage.stochastic)
             yield f"stored(at_{name}, row, count, k_{name}.to(tl.uint8), {PIECES['codes']}, WIDE)"
+            return
+        low, high = f"{name}_low", f"{name}_high"
+        if storage.format.kind == "int":
+            yield from self._code(name, storage.format, storage.stochastic)
+            yield f"k_{low}, k_{high} = in_pairs(k_{name})"
+        else:  # each half by itself: threads then keep the elements of their bytes
+            yield f"y_{low}, y_{high} = in_pairs(y_{name})"
+            yield from self._code(low, storage.format, False)
+            yield from self._code(high, storage.format, False)
+        yield f"pairs_stored(at_{name}, row, count, k_{low}, k_{high}, WIDE)"
 
     def _code(self, name: str, fmt: Format, stochastic: bool) -> Iterator[str]:
         """Lines from y to the code k, an int32."""
@@ -273,8 +292,7 @@ class _Writer:
         assert found is not None  # `verdict`
         size, guess = f"a_{name}", f"g_{name}"
         yield f"{size} = tl.abs({y})" if found.signed else f"{size} = tl.maximum({y}, 0.0)"
-        yield from (f"{guess} = {text}" for text in _least(found, size, guess))
-        yield f"{guess} = ({guess} + 12582912.0).to(tl.int32, bitcast=True) & 511"
+        yield from _guess(found, size, guess)
         bounds = self._table(fmt, "bounds", (*found.bounds, float("inf")))
         yield f"{k} = {guess} + ({size} >= entries(LEVELS + {bounds}, {guess})).to(tl.int32)"
         if found.signed:
@@ -287,13 +305,19 @@ class _Writer:
         return self.tables[fmt.name, what]
 
 
-def _least(found: Search, size: str, guess: str) -> Iterator[str]:
-    """The least of the lines, less a half, as what follows rounds to nearest."""
-    for i, (slope, offset) in enumerate(found.lines):
-        line = f"tl.fma({size}, {_short(slope)}, {_short(offset - 0.5)})"
-        yield line if i == 0 else f"tl.minimum({guess}, {line})"
+def _guess(found: Search, size: str, guess: str) -> Iterator[str]:
+    """Lines to the guess, an int32: the floor of the least line. What is rounded is half less, and what rounds is a sum beside
+    whose 1.5 * 2^23 the last place is 1."""
+    lines = [f"tl.fma({size}, {_short(slope)}, {_short(offset - 0.5)})" for slope, offset in found.lines]
     if found.lifted:
-        yield f"tl.maximum({guess}, -0.5)"
+        yield from (f"{guess} = " + (f"tl.minimum({guess}, {line})" if i else line) for i, line in enumerate(lines))
+        yield f"{guess} = tl.maximum({guess}, -0.5)"
+    else:
+        # Floats above 0 have the order of their bits, and devices take the least of three integers at once.
+        bits = [f"{line}.to(tl.int32, bitcast=True)" for line in lines]
+        yield from (f"{guess} = " + (f"tl.minimum({guess}, {line})" if i else line) for i, line in enumerate(bits))
+        yield f"{guess} = {guess}.to(tl.float32, bitcast=True)"
+    yield f"{guess} = ({guess} + 12582912.0).to(tl.int32, bitcast=True) & 511"
 
 
 def _short(value: float) -> str:
