@@ -70,12 +70,25 @@ def _register() -> None:
     ops.LIBRARY.impl("qmm", _from_the_first_call(_on_cpu), "CPU")
     ops.LIBRARY.impl("qmm", _from_the_first_call(_on_gpu), "CUDA")
     ops.LIBRARY.impl("step_", _from_the_first_call(_step_on_cpu), "CPU")
+    ops.LIBRARY.impl("step_", _from_the_first_call(_step_by_triton), "CUDA")
 
 
 def _step_on_cpu() -> Callable[..., None]:
+    from qcompile import compat
+    from qcompile.codegen.devices.triton_step import step_
     from qcompile.codegen.eager_step import step_on_cpu
 
-    return step_on_cpu
+    def step(state: Any, inputs: Any, hyper: Tensor, random: Tensor | None, spec: str) -> None:
+        """C++, or Triton's interpreter where it is asked for."""
+        (step_ if compat.writes_triton(hyper.device) else step_on_cpu)(state, inputs, hyper, random, spec)
+
+    return step
+
+
+def _step_by_triton() -> Callable[..., None]:
+    from qcompile.codegen.devices.triton_step import step_
+
+    return step_
 
 
 def _on_cpu() -> Callable[..., Tensor]:
