@@ -20,7 +20,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import astuple, dataclass, field
 from functools import lru_cache
@@ -199,7 +199,8 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -
         uncached = {"force_disable_caches": True} if options.dump or options.verify else {}
         config = {**_CONFIG, **uncached, **options.inductor}
         config = compat.Fingerprint.patch(fingerprint(passes, ctx, devices), config)
-        with inductor.dumping(options.dump):
+        numbers = compat.floats_that_stay_tensors(work.graph) if updating else nullcontext()
+        with inductor.dumping(options.dump), numbers:
             compiled = compat.compile_fx(work, values, inner_compile=_post(passes, inner, ctx), config=config)
     if ctx.counter is not None:
         compiled = Stepping(compiled, list(ctx.random.values()), ctx.counter)

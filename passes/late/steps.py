@@ -135,8 +135,9 @@ def _stored(copy: fx.Node, leaf: fx.Node) -> Any:
     value = copy.args[1]
     if isinstance(value, fx.Node) and value_of(leaf).dtype != torch.float32:
         name, args, _ = operation(value)
-        if name in ("convert_element_type", "_to_copy") and value_of(args[0]).dtype == torch.float32:
-            return args[0]
+        source = args[1] if name == "copy" else args[0] if name in ("convert_element_type", "_to_copy") else None
+        if isinstance(source, fx.Node) and value_of(source).dtype == torch.float32:
+            return source
     return value
 
 

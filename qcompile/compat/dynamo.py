@@ -159,3 +159,22 @@ def trace_again_with_numbers(key: str) -> None:
         entry.scalar = pgo.auto_dynamic
     if fixed:
         raise TensorifyScalarRestartAnalysis(restart_reason=f"{key} may change")
+
+
+@contextmanager
+def floats_that_stay_tensors(graph: fx.Graph) -> Iterator[None]:
+    """Inside, AOTAutograd leaves alone a graph that computes with no float of Python any more.
+
+    It would turn floats into tensors, and make those constants which it did not turn itself, also where nothing is left of them.
+    """
+    from torch.fx.passes import _tensorify_python_scalars as module
+
+    if any(isinstance(node.meta.get("example_value"), torch.SymFloat) for node in graph.nodes):
+        yield
+        return
+    enabled = module._is_tensorify_enabled
+    module._is_tensorify_enabled = lambda: False
+    try:
+        yield
+    finally:
+        module._is_tensorify_enabled = enabled
