@@ -165,7 +165,7 @@ def trace_again_with_numbers(key: str) -> None:
 def floats_that_stay_tensors(graph: fx.Graph) -> Iterator[None]:
     """Inside, AOTAutograd leaves alone a graph that computes with no float of Python any more.
 
-    It would turn floats into tensors, and make constants of all that it did not turn itself, also where nothing is left of them.
+    It would turn floats into tensors, and make constants of all that it did not turn itself, even where nothing is left.
     """
     from torch.fx.passes import _tensorify_python_scalars as module
 
