@@ -6,6 +6,7 @@ So a pass works on a copy, and an input that a pass adds has to look like one th
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
@@ -167,8 +168,7 @@ def floats_that_stay_tensors(graph: fx.Graph) -> Iterator[None]:
 
     It would turn floats into tensors, and make constants of all that it did not turn itself, even where nothing is left.
     """
-    from torch.fx.passes import _tensorify_python_scalars as module
-
+    module: Any = importlib.import_module("torch.fx.passes._tensorify_python_scalars")
     if any(isinstance(node.meta.get("example_value"), torch.SymFloat) for node in graph.nodes):
         yield
         return
