@@ -23,6 +23,7 @@ from qcompile.plan.plan import Plan
 from qcompile.plan.recipe import Recipe
 from qcompile.runtime.pins import PINS, Pins
 from qcompile.runtime.store import Entry, Store
+from qcompile.runtime.updates import Counter
 
 Stage = Literal["dynamo", "post", "compile"]
 
@@ -67,6 +68,8 @@ class PassContext:
         packed: graph inputs that `freeze` added.
         pins: schemes that weights were trained in.
         origins: of each site, by index: the name of the node that it was in Dynamo's graph; while `explain` watches.
+        random: graph inputs with the random words of updated parameters, by name, which `counter` counts.
+        updated: numbers of these parameters, in the order of the rows, by device.
         others: the nodes of that graph that are no site, by name: the operator, and the line it comes from.
     """
 
@@ -82,6 +85,9 @@ class PassContext:
     pins: Pins = PINS
     origins: dict[int, str] = field(default_factory=dict)
     others: dict[str, tuple[str, str]] = field(default_factory=dict)
+    random: dict[str, torch.Tensor] = field(default_factory=dict)
+    updated: dict[torch.device, list[int]] = field(default_factory=dict)
+    counter: Counter | None = None
 
 
 class Pass:

@@ -13,6 +13,7 @@ caches key on it.
 | `fake_quant(x, scales, learned, scheme, estimator, fit, seed)` | x rounded, with an estimator's gradient |
 | `rotate(x, size, signs, inverse, dtype)` | blocks of the last dimension turned by a Hadamard matrix, see `hadamard.rotate` |
 | `step_(state, inputs, hyper, random, spec)` | an optimizer's step of many parameters, in place, see `StepSpec`, `check_step` |
+| `rounded(x, random, row, dtype)` | float32 to 16 bits by stochastic rounding, with the bits of one row of `random` |
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ from qcompile.ir.codec import check_parts, dequantize, dequantize_rows
 from qcompile.ir.estimators import chosen_qparams, fake_quant, rounded_scale
 from qcompile.ir.hadamard import check_rotation, rotate
 from qcompile.ir.matmul import OUT_DTYPES, MatmulSpec, check_float, check_operands, check_static, reference_qmm
+from qcompile.ir.rounding import random_bits
 from qcompile.ir.scheme import Scheme
 from qcompile.ir.step_reference import check_step, step_reference
+from qcompile.ir.stochastic_cast import stochastic_cast
 
 LIBRARY = torch.library.Library("qcompile", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -43,6 +46,7 @@ _SCHEMAS = (
     "stored_scale(Tensor step, str scheme) -> Tensor",
     "fake_quant(Tensor x, Tensor[] scales, Tensor[] learned, str scheme, str estimator, str fit, int seed=0) -> Tensor",
     "rotate(Tensor x, int size, Tensor? signs=None, bool inverse=False, ScalarType? dtype=None) -> Tensor",
+    "rounded(Tensor x, Tensor random, int row, ScalarType dtype) -> Tensor",
     "step_(Tensor(a!)[] state, Tensor[] inputs, Tensor hyper, Tensor? random, str spec) -> ()",
 )
 for _schema in _SCHEMAS:
@@ -149,6 +153,27 @@ def _fake_step(
     check_step(state, inputs, hyper, random, spec)
 
 
+def rounded(x: torch.Tensor, random: torch.Tensor, row: int, dtype: torch.dtype) -> torch.Tensor:
+    """The plain-torch meaning of `rounded`: what `step_` writes for a parameter that is assigned `x`.
+
+    Args:
+        x: float32, any shape; elements count in the order of indices.
+        random: int64 `[parameters, 4]`, columns `step_reference.RANDOM`.
+        row: the parameter's.
+        dtype: bfloat16 or float16.
+
+    Raises:
+        QCError: "rounding.cast-dtype".
+    """
+    seed, step, number, offset = random[row]
+    bits = random_bits(x.numel(), seed, offset, (step, number), x.device)
+    return stochastic_cast(x.contiguous(), dtype, bits.view(x.shape))
+
+
+def _fake_rounded(x: torch.Tensor, random: torch.Tensor, row: int, dtype: torch.dtype) -> torch.Tensor:
+    return x.new_empty(x.shape, dtype=dtype)
+
+
 def _rotate_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     x, size, signs, inverse, _ = inputs
     ctx.save_for_backward(*([] if signs is None else [signs]))
@@ -227,6 +252,7 @@ for _name, _meaning, _meta in (
     ("fit_qparams", chosen_qparams, _fake_fit_qparams),
     ("stored_scale", rounded_scale, rounded_scale),
     ("step_", step_reference, _fake_step),
+    ("rounded", rounded, _fake_rounded),
 ):
     LIBRARY.impl(_name, _meaning, "CompositeExplicitAutograd")
     torch.library.register_fake(f"qcompile::{_name}", _meta, lib=LIBRARY)

@@ -24,7 +24,7 @@ from qcompile.ir.fit import FITS, why_unfit
 from qcompile.ir.granularity import PerGroup, PerTensor, PerToken
 from qcompile.ir.noise import ratio_db
 from qcompile.ir.scheme import Scheme
-from qcompile.plan.recipe_json import FIELDS, FILE, KEYS, VERSION, checked, plain, read, shown
+from qcompile.plan.recipe_json import FIELDS, FILE, KEYS, UPDATES, VERSION, checked, checked_updates, plain, read, shown
 from qcompile.plan.site import DEVICES, KINDS, Site
 
 _MATMULS = ("linear", "head", "bmm")
@@ -170,10 +170,13 @@ class Choice:
 @dataclass(frozen=True)
 class Recipe:
     """Ordered rules with a name. `Recipe.of` accepts everything a user may pass as `recipe=`. Raises `QCError`
-    ("recipe.rules", "recipe.name") for values of another type."""
+    ("recipe.rules", "recipe.name", "recipe.updates") for other values.
+
+    `updates` says how 16-bit parameters are written that a graph updates: "nearest" as torch does, or "stochastic"."""
 
     rules: tuple[Rule, ...]
     name: str = "custom"
+    updates: str = UPDATES[0]
 
     def __post_init__(self) -> None:
         if not isinstance(self.rules, tuple | list):
@@ -192,6 +195,7 @@ class Recipe:
             raise QCError(
                 "recipe.name", f"the name of a recipe cannot be {shown(self.name)}", where="name", next="give it text"
             )
+        checked_updates(self.updates)
         object.__setattr__(self, "rules", tuple(self.rules))
 
     def resolve(
@@ -235,7 +239,8 @@ class Recipe:
         return [rule for index, rule in enumerate(self.rules) if index not in used]
 
     def to_json(self) -> dict[str, Any]:
-        return {"version": VERSION, "name": self.name, "rules": [rule.to_json() for rule in self.rules]}
+        more = {} if self.updates == UPDATES[0] else {"updates": self.updates}
+        return {"version": VERSION, "name": self.name, "rules": [rule.to_json() for rule in self.rules], **more}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Recipe:
@@ -259,7 +264,7 @@ class Recipe:
                 rules.append(Rule.from_json(rule))
             except QCError as error:
                 raise error.at(f"rule {index}") from error
-        return Recipe(tuple(rules), data.get("name", "custom"))
+        return Recipe(tuple(rules), data.get("name", "custom"), data.get("updates", UPDATES[0]))
 
     def fingerprint(self) -> str:
         """Text that is equal exactly when the rules are."""
@@ -394,6 +399,7 @@ _RULES = {
     "w4a8": (_linear("uint4/g128:fp16+z", _TOKEN8, fit="mse", device="gpu"), _linear(_INT4, _ACT8, fit="mse")),
 }
 PRESETS: Mapping[str, Recipe] = {name: Recipe((_TABLES, *rules), name) for name, rules in _RULES.items()} | {
-    "none": Recipe((), "none")
+    "none": Recipe((), "none"),
+    "sr": Recipe((), "sr", "stochastic"),
 }
 __all__ = ["PRESETS", "Choice", "Recipe", "Rule", "sqnr_db"]
