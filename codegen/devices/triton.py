@@ -247,13 +247,13 @@ def cut(spec: KernelSpec, shape: Shape, shared: int, architecture: str = "") -> 
         rows = min(rows, 64)  # two accumulators, and the operands of more than two steps
     if layout.shifted and layout.cell:
         rows = min(rows, 64)  # a third accumulator
-    wide = int(spec.x == "f32" and spec.act is None)  # x is cut into terms of 16 bits, which lie beside it
-    if wide:
+    terms = int(spec.x == "f32" and spec.act is None)  # x is cut into terms of 16 bits, which lie beside it
+    if terms:
         units, rows = 1, min(rows, 16 if layout.unit >= 512 else 32)
-    while rows > MMA and (2 + wide) * stage() > shared:
+    while rows > MMA and (2 + terms) * stage() > shared:
         rows //= 2
-    stages = max(1, min(shape.stages, shared // stage() - wide))
-    registers = (255 if wide else shape.registers) if architecture.startswith("sm_") else 0
+    stages = max(1, min(shape.stages, shared // stage() - terms))
+    registers = (255 if terms else shape.registers) if architecture.startswith("sm_") else 0
     order = natural(architecture)
     return Tile(rows, shape.columns, units, 1, stages, shape.warps, shape.way, natural=order, registers=registers)
 
