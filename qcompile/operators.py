@@ -69,8 +69,15 @@ def _register() -> None:
 
     ops.LIBRARY.impl("qmm", _from_the_first_call(_on_cpu), "CPU")
     ops.LIBRARY.impl("qmm", _from_the_first_call(_on_gpu), "CUDA")
+    ops.LIBRARY.impl("fit_qparams", _from_the_first_call(_fit_on_cpu), "CPU")
     ops.LIBRARY.impl("step_", _from_the_first_call(_step_on_cpu), "CPU")
     ops.LIBRARY.impl("step_", _from_the_first_call(_step_by_triton), "CUDA")
+
+
+def _fit_on_cpu() -> Callable[..., list[Tensor]]:
+    from qcompile.codegen.eager_fit import fit_on_cpu
+
+    return fit_on_cpu
 
 
 def _step_on_cpu() -> Callable[..., None]:

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from qcompile.conversion import module_of, owners_by_weight, rows_of, site_of
 from qcompile.errors import QCError
 from qcompile.ir.estimators import estimator_of, why_not_learned
-from qcompile.ir.fit import FITS
+from qcompile.ir.fit import fitted_qparams
 from qcompile.ir.qparams import effective_scale
 from qcompile.ir.scheme import PACKINGS
 from qcompile.plan.recipe import Recipe
@@ -82,7 +82,7 @@ def prepare(model: nn.Module, recipe: Any = "int4/g32:fp16", *, estimator: str =
         work.append((weight, owners, replace(choice.weight, packing=PACKINGS[0]), choice.fit, name))
     done = []
     for weight, owners, scheme, fit, name in work:
-        scale = effective_scale(FITS[fit](rows_of(weight, owners[0]), scheme), scheme, 2)
+        scale = effective_scale(fitted_qparams(rows_of(weight, owners[0]), scheme, fit), scheme, 2)
         rounded = RoundedWeight(str(scheme), name, estimator_of(name).start(scheme, scale), owners[0].transposed)
         for owner in owners:
             parametrize.register_parametrization(owner.module, "weight", rounded, unsafe=True)

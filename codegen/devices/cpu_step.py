@@ -177,6 +177,7 @@ def step_text(spec: StepSpec, isa: str) -> str:
         "constexpr int DIGITS = 1, CODE_TOP = 1;  // of integer products, which a step has none of\n",
         fragment("fragments", isa),
         fragment("fragments", "dtypes"),
+        fragment("fragments", "arithmetic"),
         fragment("templates", "philox"),
         constants,
         fragment("templates", "step"),

@@ -137,7 +137,7 @@ class Region:
             if text is not None:
                 return text.format(self.value(args[0]))
         if name == "clamp":
-            low, high = (*args[1:], *([None] * (3 - len(args))))
+            low, high = [*args[1:], None, None][:2]
             text = self.value(args[0])
             for bound, function in ((kwargs.get("min", low), "maximum"), (kwargs.get("max", high), "minimum")):
                 text = text if bound is None else f"{function}({text},{self.value(bound)})"

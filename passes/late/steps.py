@@ -46,7 +46,7 @@ class Steps(Pass):
         why: dict[str, list[int]] = {}
         taken: set[fx.Node] = set()
         for copy in updates:
-            random, row = _made(copy).args[1:3]
+            random, row = _drawn(_made(copy))
             number = ctx.updated[value_of(random).device][row]
             try:
                 unit = _unit(copy, writes)
@@ -95,6 +95,14 @@ class _Unit:
     numbers: list[fx.Node | float]
     copies: list[fx.Node]
     whole: bool = True  # what is written lies in the order of its elements
+
+
+def _drawn(rounded: fx.Node) -> tuple[fx.Node, int]:
+    """The random numbers of a rounding, and which row of them."""
+    random, row = rounded.args[1:3]
+    assert isinstance(random, fx.Node)
+    assert isinstance(row, int)
+    return random, row
 
 
 def _unit(copy: fx.Node, writes: Mapping[Any, fx.Node]) -> _Unit:

@@ -27,7 +27,7 @@ from qcompile.passes.match import argument, effects_before, insert, op_name, val
 from qcompile.plan.plan import Decision
 from qcompile.runtime.pins import Pin
 
-KERNEL = "fake_quant"
+KERNEL, PRODUCTS = "fake_quant", "low_bit_mm"
 
 
 class FakeQuant(Pass):
@@ -64,10 +64,41 @@ class _Rounder:
     def matmul(self, node: fx.Node, decision: Decision) -> None:
         x, weight = argument(node, 0, "input"), argument(node, 1, "weight")
         assert decision.weight is not None
+        if decision.grad is not None and decision.act is not None:
+            self.products(node, decision)
+            return
         if self.account(node, weight, decision):
             _set(node, 1, "weight", self.round(node, weight, decision.weight, decision))
         if decision.act is not None:
             _set(node, 0, "input", self.round(node, x, decision.act))
+
+    def products(self, node: fx.Node, decision: Decision) -> None:
+        """The linear by products of 8-bit codes, in both directions."""
+        x, weight, bias = argument(node, 0, "input"), argument(node, 1, "weight"), argument(node, 2, "bias")
+        assert decision.weight is not None
+        if not self.account(node, weight, decision):
+            raise QCError(
+                "train.products",
+                f"no products of 8-bit codes with learned scales in {decision.weight}",
+                where=decision.site.path,
+                next="leave grad out of the rule, or do not prepare the model",
+            )
+        self.ctx.plan.update(decision.site.index, kernel=PRODUCTS)
+        text, act, grad = (
+            str(replace(s, packing=PACKINGS[0]))
+            for s in (decision.weight, decision.act, decision.grad)
+            if s is not None
+        )
+        dtype, ops = value_of(node).dtype, torch.ops.qcompile
+        with self.graph.inserting_before(node):
+            scales = insert(self.graph, ops.choose_qparams.default, weight, text, decision.fit, like=node)
+            how = (decision.estimator, decision.fit, dtype)
+            y = insert(self.graph, ops.quantized_linear.default, x, weight, scales, text, act, grad, *how, like=node)
+            if bias is not None:
+                y = insert(
+                    self.graph, torch.add, y, insert(self.graph, torch.Tensor.to, bias, dtype, like=node), like=node
+                )
+        node.replace_all_uses_with(y)
 
     def lookup(self, node: fx.Node, decision: Decision) -> None:
         """Rows are rounded after the lookup where each has scales of its own: a step reads few of a table's rows."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import fx
@@ -84,10 +84,10 @@ def _meet(graph: fx.Graph, node: fx.Node, wide: Mapping[fx.Node, fx.Node]) -> No
 
     args = list(fx.map_arg(node.args, number))
     if name in _ALPHA and kwargs.get("alpha") in wide:
-        args[1] = _scaled(graph, args[1], number(kwargs.pop("alpha")), node)
+        args[1] = _scaled(graph, args[1], number(cast("fx.Node", kwargs.pop("alpha"))), node)
     if name in _VALUE and kwargs.get("value") in wide:
         # value * (a op b), of which the first product or quotient is the operation's own in torch, too
-        factor, lists = number(kwargs.pop("value")), name.startswith("_foreach")
+        factor, lists = number(cast("fx.Node", kwargs.pop("value"))), name.startswith("_foreach")
         quotient = "addcdiv" in name
         function = (
             (torch._foreach_div if quotient else torch._foreach_mul)

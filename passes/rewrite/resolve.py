@@ -190,6 +190,7 @@ def _decide(ctx: PassContext, site: Site, choice: Choice, node: fx.Node) -> None
         reason=choice.reason,
         min_sqnr=choice.min_sqnr,
         estimator=choice.estimator,
+        grad=choice.grad,
     )
     plan.decisions[site.index] = decision
     if choice.weight is None:

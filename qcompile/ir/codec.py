@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qcompile.errors import QCError
 from qcompile.ir.elements import decode_element, encode_element
-from qcompile.ir.fit import FITS
+from qcompile.ir.fit import fitted_qparams
 from qcompile.ir.granularity import Cell, Nested
 from qcompile.ir.packing import (
     PANEL,
@@ -178,7 +178,7 @@ def quantize(
         )
     refuse_nonfinite(w)
     n, k = w.shape
-    qparams = qparams or FITS[fit](w, scheme)
+    qparams = qparams or fitted_qparams(w, scheme, fit)
     over = _RowScales.of(qparams, scheme, n)
     codes = torch.empty(packed_shape(scheme.format.bits, n, k, scheme.packing), dtype=torch.uint8, device=w.device)
     for start, stop, at in _chunks(scheme, n, k):

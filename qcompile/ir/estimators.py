@@ -30,7 +30,7 @@ from qcompile.ir.elements import decode_element
 from qcompile.ir.fit import FITS
 from qcompile.ir.formats import Format
 from qcompile.ir.granularity import Nested
-from qcompile.ir.qparams import QParams, effective_scale
+from qcompile.ir.qparams import QParams, effective_scale, pack_qparams, unpack_qparams
 from qcompile.ir.scales import cell_counts, reduce_cells, spread, store_scale
 from qcompile.ir.scheme import Scheme
 
@@ -225,20 +225,6 @@ def spans(scheme: Scheme, fit: str) -> bool:
     return fmt.max / (1 - error) <= min(high, -low)
 
 
-def pack_qparams(qparams: QParams) -> list[Tensor]:
-    """The tensors of scales, without those that are not there."""
-    return [t for t in qparams if t is not None]
-
-
-def unpack_qparams(tensors: Sequence[Tensor], scheme: Scheme, ndim: int) -> QParams:
-    """Invert `pack_qparams` for a tensor of `ndim` dimensions."""
-    rest = list(tensors)
-    scale = rest.pop(0)
-    zero = rest.pop(0) if scheme.scale.zero is not None else None
-    outer = rest.pop(0) if scheme.outer is not None else None
-    return QParams(scale, zero, outer, rest.pop(0) if rest else None)
-
-
 def chosen_qparams(x: Tensor, scheme: str, fit: str) -> list[Tensor]:
     """The plain-torch meaning of `choose_qparams`: scales of a tensor as a constant, without a gradient."""
     what = Scheme.parse(scheme)
@@ -299,7 +285,7 @@ class _FakeQuant(torch.autograd.Function):
         if ctx.covered:
             return grad, *[None] * 5, *[None] * ctx.count
         x, *tensors = ctx.saved_tensors
-        at = _estimate(x, ctx.how, ctx.scheme, tensors, ctx.count, ctx.seed)
+        at = estimate(x, ctx.how, ctx.scheme, tensors, ctx.count, ctx.seed)
         dx, *rest = ctx.how.backward(grad.to(torch.float32), at)
         learned = [g.to(t.dtype) for g, t in zip(rest, at.learned, strict=True)]
         return dx.to(ctx.dtype), *[None] * 5, *[None] * ctx.count, *learned
@@ -309,7 +295,9 @@ def _qparams(how: Estimator, scheme: Scheme, tensors: Sequence[Tensor], count: i
     return how.learned_qparams(scheme, tensors, ndim) if how.learned else unpack_qparams(tensors[:count], scheme, ndim)
 
 
-def _estimate(x: Tensor, how: Estimator, scheme: Scheme, tensors: Sequence[Tensor], count: int, seed: int) -> Estimate:
+def estimate(
+    x: Tensor, how: Estimator, scheme: Scheme, tensors: Sequence[Tensor], count: int, seed: int = 0
+) -> Estimate:
     """Everything about one rounding, computed again from x and its scales."""
     qparams = _qparams(how, scheme, tensors, count, x.dim())
     cell = scheme.granularity.cell(x.dim())

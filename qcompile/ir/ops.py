@@ -30,6 +30,7 @@ from qcompile.ir.codec import check_parts, dequantize, dequantize_rows
 from qcompile.ir.estimators import chosen_qparams, fake_quant, rounded_scale
 from qcompile.ir.hadamard import check_rotation, rotate
 from qcompile.ir.matmul import OUT_DTYPES, MatmulSpec, check_float, check_operands, check_static, reference_qmm
+from qcompile.ir.products import fake_low_bit_mm, low_bit_mm, quantized_linear
 from qcompile.ir.rounding import random_bits
 from qcompile.ir.scheme import Scheme
 from qcompile.ir.step_reference import check_step, step_reference
@@ -45,6 +46,9 @@ _SCHEMAS = (
     "fit_qparams(Tensor x, str scheme, str fit) -> Tensor[]",
     "stored_scale(Tensor step, str scheme) -> Tensor",
     "fake_quant(Tensor x, Tensor[] scales, Tensor[] learned, str scheme, str estimator, str fit, int seed=0) -> Tensor",
+    "low_bit_mm(Tensor a, Tensor b) -> Tensor",
+    "quantized_linear(Tensor x, Tensor weight, Tensor[] scales, str scheme, str act, str grad, str estimator, str fit, "
+    "ScalarType dtype) -> Tensor",
     "rotate(Tensor x, int size, Tensor? signs=None, bool inverse=False, ScalarType? dtype=None) -> Tensor",
     "rounded(Tensor x, Tensor random, int row, ScalarType dtype) -> Tensor",
     "step_(Tensor(a!)[] state, Tensor[] inputs, Tensor hyper, Tensor? random, str spec) -> ()",
@@ -248,6 +252,7 @@ def _qmm_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
 for _name, _meaning, _meta in (
     ("qmm", qmm_reference, _fake_qmm),
     ("decode", _decode, _fake_decode),
+    ("low_bit_mm", low_bit_mm, fake_low_bit_mm),
     ("rotate", rotate, _fake_rotate),
     ("fit_qparams", chosen_qparams, _fake_fit_qparams),
     ("stored_scale", rounded_scale, rounded_scale),
@@ -261,6 +266,7 @@ LIBRARY.impl("qembedding", _qembedding, "CompositeImplicitAutograd")
 # So are the roundings of training: their gradients are traced and fused with their surroundings.
 LIBRARY.impl("choose_qparams", _choose_qparams, "CompositeImplicitAutograd")
 LIBRARY.impl("fake_quant", fake_quant, "CompositeImplicitAutograd")
+LIBRARY.impl("quantized_linear", quantized_linear, "CompositeImplicitAutograd")
 for _key in _AUTOCAST_KEYS.values():
     LIBRARY.impl("qmm", _autocast_qmm, _key.name)
 torch.library.register_autograd("qcompile::qmm", _qmm_backward, setup_context=_qmm_setup, lib=LIBRARY)

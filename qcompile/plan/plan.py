@@ -33,6 +33,7 @@ class Decision:
         group: index of the merge group (sites that became one matmul), or -1.
         min_sqnr: the signal-to-noise ratio (dB) that the recipe's rule asks the weight to keep.
         estimator: the gradient at the site's roundings, where it is trained.
+        grad: scheme of the gradients in products of codes, where it is trained; `None` for products in float.
         packed: whether a pass gave the site packed (or, in training, rounded) operands; a decision alone changes nothing.
         entry: the store's packed weight behind the site, if the store holds it; a weight that `convert` packed is the
             module's own.
@@ -50,6 +51,7 @@ class Decision:
     group: int = -1
     min_sqnr: float = -math.inf
     estimator: str = "ste"
+    grad: Scheme | None = None
     packed: bool = False
     entry: Entry | None = field(default=None, compare=False, repr=False)
 

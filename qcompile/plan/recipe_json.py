@@ -78,6 +78,7 @@ FIELDS: Mapping[str, tuple[Callable[[object], Any], str]] = {
     "min_sqnr": (_decibels, "a number of decibels such as 30.0, or 'inf' for weights that are exact"),
     "fit": (_text, " or ".join(map(repr, FITS))),
     "device": (_text, "'cpu' or 'gpu', or '' for both"),
+    "grad": (_scheme, "a scheme such as 'int8/token', or None (in a file: null) for products in float"),
     "estimator": (_text, "the name of an estimator such as 'ste' or 'lsq'"),
 }
 

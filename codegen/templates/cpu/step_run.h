@@ -11,15 +11,6 @@ constexpr int64_t PIECE = 1 << 14;  // elements that a thread takes at once: mic
 constexpr int64_t SERIAL_BELOW = 1 << 15;
 static_assert(PIECE % TILE == 0);
 
-// The processor's arithmetic as the definition has it, for one thread: a process may have switched subnormals off.
-struct Arithmetic {
-#if defined(__x86_64__)
-  unsigned before = _mm_getcsr();
-  Arithmetic() { _mm_setcsr(0x1f80); }
-  ~Arithmetic() { _mm_setcsr(before); }
-#endif
-};
-
 // The last elements of a parameter, in memory of a whole tile.
 static __attribute__((noinline)) void compute_some(char* const* at, const float* numbers, int n, const Random& random) {
   alignas(64) char copy[PARTS][TILE * 4];
