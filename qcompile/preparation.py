@@ -7,10 +7,12 @@ of its own. Nothing else changes: the float weight stays a parameter, eager mode
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -18,10 +20,11 @@ from qcompile.conversion import module_of, owners_by_weight, rows_of, site_of
 from qcompile.errors import QCError
 from qcompile.ir.estimators import estimator_of, why_not_learned
 from qcompile.ir.fit import fitted_qparams
+from qcompile.ir.granularity import PerTensor
 from qcompile.ir.qparams import effective_scale
-from qcompile.ir.scheme import PACKINGS
+from qcompile.ir.scheme import PACKINGS, Scheme
 from qcompile.plan.recipe import Recipe
-from qcompile.rounded import RoundedWeight
+from qcompile.rounded import RoundedInput, RoundedWeight, round_input
 from qcompile.runtime.store import ordinary_tensors
 
 
@@ -32,14 +35,23 @@ class Preparation:
     Attributes:
         weights: (path, scheme) of the weights that have learned scales now.
         kept: (path, reason) of those that have none.
+        inputs: (path of the weight, scheme) of the inputs that have static scales now.
     """
 
     weights: tuple[tuple[str, str], ...]
     kept: tuple[tuple[str, str], ...]
+    inputs: tuple[tuple[str, str], ...] = ()
 
 
 @ordinary_tensors()
-def prepare(model: nn.Module, recipe: Any = "int4/g32:fp16", *, estimator: str = "lsq") -> Preparation:
+def prepare(
+    model: nn.Module,
+    recipe: Any = "int4/g32:fp16",
+    *,
+    estimator: str = "lsq",
+    activations: str = "",
+    inputs: Iterable[Any] = (),
+) -> Preparation:
     """Add learned scales to the weights that a recipe quantizes, in place. Call it before the optimizer is made.
 
     Args:
@@ -47,22 +59,33 @@ def prepare(model: nn.Module, recipe: Any = "int4/g32:fp16", *, estimator: str =
             candidates. Tied weights share their scales.
         recipe: preset, scheme, `Recipe` or JSON file; schemes must be symmetric with floating-point scales.
         estimator: "lsq", "pact" or a registered one that learns something; a rule of the recipe that names one of its own
-            keeps it.
+            keeps it. "ste": weights keep the scales that are chosen in every step.
+        activations: of rules whose activations have one scale per tensor (`int8/tensor`, `uint8/tensor:fp32+z`): "observed" for
+            static scales, moving averages of the ranges seen in training, or an estimator that learns them. "": they are
+            chosen in every call. Only inputs of `nn.Linear` and `Conv1D` modules.
+        inputs: examples to begin with, each what the model is called with (a tuple of arguments, a mapping of keywords, or one
+            argument); needed for activations that are learned.
 
     Returns:
         What has learned scales now, and what has not, with reasons.
 
     Raises:
         QCError: "train.estimator" for an estimator that learns nothing, "train.scheme" for a scheme whose scales cannot be
-            learned (nothing was changed then), "model.none" for a function.
+            learned (nothing was changed then), "train.examples" for learned activations without examples, "model.none" for a
+            function.
     """
     rules = Recipe.of(recipe)
-    if not estimator_of(estimator).learned:
+    if not activations and not estimator_of(estimator).learned:
         raise QCError(
             "train.estimator",
             f"estimator {estimator!r} learns nothing",
-            next="train the model under the backend as it is: only learned scales need prepare",
+            next="train the model under the backend as it is: only learned and static scales need prepare",
         )
+    if activations not in ("", "observed") and not estimator_of(activations).learned:
+        raise QCError(
+            "train.estimator", f"estimator {activations!r} learns nothing", next='use "observed", or one that learns'
+        )
+    static: list[tuple[str, nn.Module, Scheme]] = []
     work, kept = [], []
     for weight, owners in owners_by_weight(module_of(model)):
         first, refused = owners[0], next((owner.refused for owner in owners if owner.refused), "")
@@ -70,14 +93,13 @@ def prepare(model: nn.Module, recipe: Any = "int4/g32:fp16", *, estimator: str =
         if refused or choice.weight is None:
             kept += [(owner.path, refused or choice.reason) for owner in owners]
             continue
-        if why := why_not_learned(choice.weight):
-            raise QCError(
-                "train.scheme",
-                f"the scales of {choice.weight} cannot be learned",
-                where=first.path,
-                why=why,
-                next="name a symmetric scheme such as int4/g32:fp16, or train without prepare",
-            )
+        if activations and choice.act is not None and choice.act.granularity == PerTensor():
+            if activations != "observed":
+                _refuse_unlearned(choice.act, first.path)
+            static += [(o.path, o.module, choice.act) for o in owners if not isinstance(o.module, nn.Embedding)]
+        if not estimator_of(estimator).learned and not estimator_of(choice.estimator).learned:
+            continue
+        _refuse_unlearned(choice.weight, first.path)
         name = choice.estimator if estimator_of(choice.estimator).learned else estimator
         work.append((weight, owners, replace(choice.weight, packing=PACKINGS[0]), choice.fit, name))
     done = []
@@ -88,4 +110,47 @@ def prepare(model: nn.Module, recipe: Any = "int4/g32:fp16", *, estimator: str =
             parametrize.register_parametrization(owner.module, "weight", rounded, unsafe=True)
             cast("nn.ModuleDict", owner.module.parametrizations).train(owner.module.training)
             done.append((owner.path, str(scheme)))
-    return Preparation(tuple(done), tuple(kept))
+    _round_inputs(module_of(model), static, activations, inputs)
+    return Preparation(tuple(done), tuple(kept), tuple((path, str(act)) for path, _, act in static))
+
+
+def _refuse_unlearned(scheme: Scheme, where: str) -> None:
+    """Raise `QCError` ("train.scheme") for a scheme whose scales cannot be learned."""
+    if why := why_not_learned(scheme):
+        raise QCError(
+            "train.scheme",
+            f"the scales of {scheme} cannot be learned",
+            where=where,
+            why=why,
+            next="name a symmetric scheme such as int4/g32:fp16 or int8/tensor, or train without prepare",
+        )
+
+
+def _round_inputs(
+    model: nn.Module, static: Sequence[tuple[str, nn.Module, Scheme]], activations: str, inputs: Iterable[Any]
+) -> None:
+    """Give modules an `input_rounding` each, and show them the examples."""
+    made: list[tuple[str, RoundedInput]] = []
+    for path, module, act in static:
+        device = next(module.parameters()).device
+        rounding = RoundedInput(str(act)).to(device)
+        rounding.train(module.training)
+        module.add_module("input_rounding", rounding)
+        module.register_forward_pre_hook(round_input)
+        made.append((path, rounding))
+    with torch.no_grad():
+        modes = [rounding.training for _, rounding in made]
+        for _, rounding in made:
+            rounding.training = True
+        for example in inputs if made else ():
+            if isinstance(example, Mapping):
+                model(**example)
+            else:
+                model(*(example if isinstance(example, tuple | list) else (example,)))
+        for (_, rounding), mode in zip(made, modes, strict=True):
+            rounding.training = mode
+        for path, rounding in made if activations != "observed" else ():
+            try:
+                rounding.learn(activations)
+            except QCError as error:
+                raise error.at(path) from None

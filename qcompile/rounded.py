@@ -1,13 +1,16 @@
-"""A weight with learned scales as ordinary module state: a float parameter, and a parametrization that rounds it."""
+"""Roundings that a model does itself, as ordinary module state: a weight with learned scales, and an input with scales that do
+not depend on the call, which were observed or are learned."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 import qcompile.ir.ops  # noqa: F401  (registers the operators)
+from qcompile.errors import QCError
 from qcompile.ir.estimators import estimator_of
 from qcompile.ir.qparams import QParams
 from qcompile.ir.scheme import Scheme
@@ -49,6 +52,76 @@ class RoundedWeight(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.scheme}, {self.estimator}" + (", transposed" if self.transposed else "")
+
+
+class RoundedInput(nn.Module):
+    """Rounds what a module is called with by one scale (static quantization). It is the module's child `input_rounding`.
+
+    Observed: `range` (float32 `[2]`: least, most) is a moving average of the ranges seen in training; the first call sets it.
+    Learned: the parameters of an estimator (float32 `[1]`), which the optimizer holds.
+
+    Attributes:
+        scheme: canonical spelling, of one scale for the whole tensor.
+        estimator: "ste" for an observed scale, or the name of one that learns.
+        momentum: share of a new range in the average.
+    """
+
+    range: torch.Tensor
+    calls: torch.Tensor
+
+    def __init__(self, scheme: str, momentum: float = 0.01) -> None:
+        super().__init__()
+        self.scheme, self.estimator, self.momentum = scheme, "ste", momentum
+        self.register_buffer("range", torch.zeros(2))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def learn(self, estimator: str) -> None:
+        """Make the observed scale a parameter. Raises `QCError` ("train.examples") where nothing was observed."""
+        if not int(self.calls):
+            raise QCError(
+                "train.examples",
+                f"estimator {estimator!r} has nothing to begin with",
+                why="no example has reached this input",
+                next="pass inputs=[...] to prepare: what the model is called with, such as a few batches",
+            )
+        how, scale = estimator_of(estimator), self._scales(1)[0].to(torch.float32)
+        for name, value in zip(how.learned, how.start(Scheme.parse(self.scheme), scale), strict=True):
+            self.register_parameter(name, nn.Parameter(value.clone()))
+        self.estimator = estimator
+
+    def observe(self, x: torch.Tensor) -> None:
+        """Take the range of x into the average."""
+        with torch.no_grad():
+            new = torch.stack(torch.aminmax(x.detach())).to(torch.float32)
+            share = torch.where(self.calls == 0, 1.0, self.momentum)
+            self.range.copy_(self.range + share * (new - self.range))
+            self.calls.add_(1)
+
+    def _scales(self, ndim: int) -> list[torch.Tensor]:
+        """Scale and zero point of the range, for a tensor of so many dimensions."""
+        chosen = torch.ops.qcompile.choose_qparams(self.range.view(1, 2), self.scheme, "minmax")
+        return [t.reshape([1] * ndim) for t in chosen]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        how = estimator_of(self.estimator)
+        if how.learned:
+            learned = [getattr(self, name).reshape([1] * x.dim()) for name in how.learned]
+            scales: list[torch.Tensor] = []
+        else:
+            if self.training:
+                self.observe(x)
+            learned, scales = [], self._scales(x.dim())
+        # "static": the scale was not chosen from x, so x may lie outside of its range.
+        result: torch.Tensor = torch.ops.qcompile.fake_quant(x, scales, learned, self.scheme, self.estimator, "static")
+        return result
+
+    def extra_repr(self) -> str:
+        return f"{self.scheme}, {'observed' if self.estimator == 'ste' else self.estimator}"
+
+
+def round_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The hook in front of a module's `forward`."""
+    return (module.input_rounding(args[0]), *args[1:])  # type: ignore[operator]
 
 
 def rounded_weight(module: nn.Module) -> tuple[torch.Tensor, RoundedWeight] | None:

@@ -39,6 +39,7 @@ from qcompile.plan.site import Site
 PACKED = "packed by convert"
 PREPARED = "prepared"
 TRAINED = "as it was trained"
+ROUNDED = "the model rounds"
 _FIXED = (PACKED, PREPARED, TRAINED)  # whatever is faster: other values would be another model
 NO_KERNEL = "no fast kernel"
 # What a strict user can do about a refusal, by words of its reason.
@@ -200,6 +201,9 @@ def _decide(ctx: PassContext, site: Site, choice: Choice, node: fx.Node) -> None
     act = None if options.policy == "accuracy" else choice.act
     if act is not choice.act:
         plan.update(site.index, act=None, reason='policy="accuracy" keeps activations exact')
+    if act is not None and op_name(argument(node, 0, "input")) == "fake_quant":
+        act, said = None, f"{ROUNDED} its input to {argument(node, 0, 'input').args[3]}"
+        plan.update(site.index, act=None, reason="; ".join(filter(None, (choice.reason, said))))
     if site.kind == "embedding":
         plan.update(site.index, kernel="lookup")
         return

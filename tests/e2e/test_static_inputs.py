@@ -1,0 +1,125 @@
+"""Static scales of activations: observed in training and held as buffers, or learned; evaluation keeps them."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from qcompile import QCError, prepare
+from qcompile.backend import watching
+from qcompile.ir.codec import choose_qparams
+from qcompile.plan.recipe import Recipe, Rule
+from tests.e2e.support import FLOAT, compiled
+
+SIGNED, SHIFTED = "int8/tensor:fp32", "uint8/tensor:fp32+z"
+
+
+def recipe(act: str) -> Recipe:
+    return Recipe((Rule("int8/axis0:fp32", act=act),), "static")
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 96), nn.SiLU(), nn.Linear(96, 32))
+
+
+@pytest.mark.parametrize("act", [SIGNED, SHIFTED])
+def test_observed_ranges(act: str) -> None:
+    """The compiled step moves the average as the definition does; evaluation leaves it, and rounds by it."""
+    net = model()
+    report = prepare(net, recipe(act), estimator="ste", activations="observed")
+    assert [path for path, _ in report.inputs] == ["0.weight", "2.weight"]
+    assert report.weights == ()
+    assert [name for name, _ in net.named_parameters()] == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    twin, xs = copy.deepcopy(net), torch.randn(3, 9, 64)
+    run = compiled(net, recipe(act), policy="memory")
+    low = high = 0.0
+    for step, x in enumerate(xs):
+        with watching() as trace:
+            run(x).square().mean().backward()
+        twin(x).square().mean().backward()
+        share = 1.0 if step == 0 else 0.01
+        low, high = low + share * (float(x.min()) - low), high + share * (float(x.max()) - high)
+        if trace.contexts:
+            assert [d.act for d in trace.contexts[0].plan] == [None, None]
+            assert all("the model rounds its input" in d.reason for d in trace.contexts[0].plan)
+    held = net[0].input_rounding
+    assert torch.allclose(held.range.double(), torch.tensor([low, high], dtype=torch.float64), rtol=8 * FLOAT, atol=0)
+    assert torch.equal(held.calls, torch.tensor(3))
+    net.eval()
+    before = held.range.clone()
+    with torch.no_grad():
+        x = xs[0] * 3  # beyond the range: clipped
+        y = run(x)
+        scale, zero, *_ = choose_qparams(before.view(1, 2), act)
+        assert torch.equal(held.range, before)
+        shift = 0.0 if zero is None else float(zero)
+        low, high = (-128, 127) if act == SIGNED else (0, 255)
+        inside = ((x / scale).round() + shift).clamp(low, high) - shift
+        hidden = twin[0].weight, net[0]
+        assert torch.allclose(hidden[1].input_rounding(x), inside * scale, rtol=4 * FLOAT, atol=0)
+        twin.load_state_dict(net.state_dict())
+        want = twin.eval()(x)  # weights are float there: half a step of 127 of each row, in both layers
+        assert (y - want).norm() <= 4 / 127 * want.norm()
+
+
+def test_gradients_stop_where_the_range_clips() -> None:
+    net = nn.Sequential(nn.Linear(64, 8, bias=False))
+    prepare(net, recipe(SIGNED), estimator="ste", activations="observed", inputs=[torch.randn(4, 64).clamp(-1, 1)])
+    net.eval()  # the range stays
+    x = torch.linspace(-2, 2, 64).repeat(3, 1).requires_grad_()
+    run = compiled(net, recipe(SIGNED), policy="memory")
+    run(x).sum().backward()
+    scale = choose_qparams(net[0].input_rounding.range.view(1, 2), SIGNED).scale
+    y = x.detach() / scale.view(1, 1)
+    outside = (y < -128.5) | (y > 127.5)
+    assert outside.any()
+    assert x.grad is not None
+    assert (x.grad[outside] == 0).all()
+    assert (x.grad[~outside] != 0).all()
+
+
+@pytest.mark.parametrize("estimator", ["lsq", "pact"])
+def test_learned_scales_of_inputs(estimator: str) -> None:
+    net, x = model(), torch.randn(9, 64)
+    report = prepare(net, recipe(SIGNED), estimator="lsq", activations=estimator, inputs=[x, (x,), {"input": x}])
+    assert len(report.inputs) == len(report.weights) == 2
+    names = [name for name, _ in net.named_parameters() if "input_rounding" in name]
+    learned = {"lsq": "step", "pact": "clip"}[estimator]
+    assert names == [f"0.input_rounding.{learned}", f"2.input_rounding.{learned}"]
+    grads = []
+    for mode in ("reference", "compiled"):
+        torch._dynamo.reset()
+        net.zero_grad()
+        with watching(mode):
+            compiled(net, recipe(SIGNED), policy="memory")(x).square().mean().backward()
+        grads.append([p.grad.clone() for p in net.parameters() if p.grad is not None])
+    assert len(grads[0]) == len(list(net.parameters()))
+    for a, b in zip(*grads, strict=True):
+        # Sums of up to 9 * 96 products in other orders, two layers deep.
+        assert (a - b).abs().max() <= 2 * 9 * 96 * 2.0**-23 * (b.abs().max() + 1)
+    first = net[0].input_rounding
+    with torch.no_grad():
+        getattr(first, learned).mul_(0.5)
+        assert first(x).abs().max() < x.abs().max()
+
+
+def test_state_round_trips() -> None:
+    net, x = model(), torch.randn(9, 64)
+    prepare(net, recipe(SIGNED), estimator="ste", activations="observed", inputs=[x])
+    other = model()
+    prepare(other, recipe(SIGNED), estimator="ste", activations="observed")
+    other.load_state_dict(net.state_dict())
+    assert torch.equal(other.eval()(x), net.eval()(x))
+
+
+def test_refusals() -> None:
+    with pytest.raises(QCError, match=r"train\.examples.*0\.weight"):
+        prepare(model(), recipe(SIGNED), activations="lsq")
+    with pytest.raises(QCError, match=r"train\.scheme.*uint8/tensor"):
+        prepare(model(), recipe(SHIFTED), activations="lsq", inputs=[torch.randn(2, 64)])
+    with pytest.raises(QCError, match=r"train\.estimator.*'ste'"):
+        prepare(model(), recipe(SIGNED), activations="ste")
