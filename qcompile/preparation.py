@@ -24,7 +24,7 @@ from qcompile.ir.granularity import PerTensor
 from qcompile.ir.qparams import effective_scale
 from qcompile.ir.scheme import PACKINGS, Scheme
 from qcompile.plan.recipe import Recipe
-from qcompile.rounded import RoundedInput, RoundedWeight, round_input
+from qcompile.rounded import RoundedInput, RoundedWeight, attach_input, detach_input, has_rounded_input, rounded_weight
 from qcompile.runtime.store import ordinary_tensors
 
 
@@ -96,12 +96,20 @@ def prepare(
         if activations and choice.act is not None and choice.act.granularity == PerTensor():
             if activations != "observed":
                 _refuse_unlearned(choice.act, first.path)
-            static += [(o.path, o.module, choice.act) for o in owners if not isinstance(o.module, nn.Embedding)]
+            for owner in (o for o in owners if not isinstance(o.module, nn.Embedding)):
+                if has_rounded_input(owner.module):
+                    kept.append((owner.path, "its input has a static scale already"))
+                else:
+                    static.append((owner.path, owner.module, choice.act))
         if not estimator_of(estimator).learned and not estimator_of(choice.estimator).learned:
+            continue
+        if any(rounded_weight(owner.module) for owner in owners):
+            kept += [(owner.path, "it has learned scales already") for owner in owners]
             continue
         _refuse_unlearned(choice.weight, first.path)
         name = choice.estimator if estimator_of(choice.estimator).learned else estimator
         work.append((weight, owners, replace(choice.weight, packing=PACKINGS[0]), choice.fit, name))
+    _round_inputs(module_of(model), static, activations, inputs)  # first: it undoes what it did when an example fails
     done = []
     for weight, owners, scheme, fit, name in work:
         scale = effective_scale(fitted_qparams(rows_of(weight, owners[0]), scheme, fit), scheme, 2)
@@ -110,7 +118,6 @@ def prepare(
             parametrize.register_parametrization(owner.module, "weight", rounded, unsafe=True)
             cast("nn.ModuleDict", owner.module.parametrizations).train(owner.module.training)
             done.append((owner.path, str(scheme)))
-    _round_inputs(module_of(model), static, activations, inputs)
     return Preparation(tuple(done), tuple(kept), tuple((path, str(act)) for path, _, act in static))
 
 
@@ -129,28 +136,27 @@ def _refuse_unlearned(scheme: Scheme, where: str) -> None:
 def _round_inputs(
     model: nn.Module, static: Sequence[tuple[str, nn.Module, Scheme]], activations: str, inputs: Iterable[Any]
 ) -> None:
-    """Give modules an `input_rounding` each, and show them the examples."""
-    made: list[tuple[str, RoundedInput]] = []
-    for path, module, act in static:
-        device = next(module.parameters()).device
-        rounding = RoundedInput(str(act)).to(device)
-        rounding.train(module.training)
-        module.add_module("input_rounding", rounding)
-        module.register_forward_pre_hook(round_input)
-        made.append((path, rounding))
-    with torch.no_grad():
-        modes = [rounding.training for _, rounding in made]
-        for _, rounding in made:
-            rounding.training = True
-        for example in inputs if made else ():
-            if isinstance(example, Mapping):
-                model(**example)
-            else:
-                model(*(example if isinstance(example, tuple | list) else (example,)))
-        for (_, rounding), mode in zip(made, modes, strict=True):
-            rounding.training = mode
-        for path, rounding in made if activations != "observed" else ():
-            try:
-                rounding.learn(activations)
-            except QCError as error:
-                raise error.at(path) from None
+    """Give modules an `input_rounding` each, and show them the examples. Nothing is changed where that fails."""
+    made: list[tuple[str, nn.Module, RoundedInput]] = []
+    try:
+        for path, module, act in static:
+            rounding = RoundedInput(str(act)).to(next(module.parameters()).device)
+            attach_input(module, rounding)
+            made.append((path, module, rounding))
+        with torch.no_grad():
+            for example in inputs if made else ():
+                if isinstance(example, Mapping):
+                    model(**example)
+                else:
+                    model(*(example if isinstance(example, tuple | list) else (example,)))
+        for path, module, rounding in made:
+            rounding.train(module.training)
+            if activations != "observed":
+                try:
+                    rounding.learn(activations)
+                except QCError as error:
+                    raise error.at(path) from None
+    except BaseException:
+        for _, module, _ in made:
+            detach_input(module)
+        raise

@@ -119,9 +119,26 @@ class RoundedInput(nn.Module):
         return f"{self.scheme}, {'observed' if self.estimator == 'ste' else self.estimator}"
 
 
-def round_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _round_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The hook in front of a module's `forward`."""
     return (module.input_rounding(args[0]), *args[1:])  # type: ignore[operator]
+
+
+def attach_input(module: nn.Module, rounding: RoundedInput) -> None:
+    """Round what a module is called with."""
+    module.add_module("input_rounding", rounding)
+    module.register_forward_pre_hook(_round_input)
+
+
+def detach_input(module: nn.Module) -> None:
+    """Undo `attach_input`."""
+    del module.input_rounding
+    for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _round_input]:
+        del module._forward_pre_hooks[key]
+
+
+def has_rounded_input(module: nn.Module) -> bool:
+    return isinstance(module._modules.get("input_rounding"), RoundedInput)
 
 
 def rounded_weight(module: nn.Module) -> tuple[torch.Tensor, RoundedWeight] | None:

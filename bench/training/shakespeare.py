@@ -137,9 +137,16 @@ class Study:
         return sum(found) / len(found)
 
     def train(
-        self, name: str, run: Callable[..., Any], optimizer: torch.optim.Optimizer, steps: int, seed: int, rate: float
+        self,
+        name: str,
+        run: Callable[..., Any],
+        update: Callable[[], Any],
+        optimizer: torch.optim.Optimizer,
+        steps: int,
+        seed: int,
+        rate: float,
     ) -> list[float]:
-        """Train with a cosine schedule; the losses of all steps."""
+        """Train with a cosine schedule, where `update` is the optimizer's step; the losses of all steps."""
         bar, losses = self.progress.add_task(name, total=steps), []
         for step, batch in enumerate(self.corpus.batches(steps, self.plan.batch, seed)):
             scale = min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -147,7 +154,7 @@ class Study:
                 group["lr"] = rate * scale
             loss = loss_of(run, batch)
             loss.backward()
-            optimizer.step()
+            update()
             optimizer.zero_grad()
             losses.append(float(loss))
             self.progress.update(bar, advance=1, description=f"{name}: {losses[-1]:.3f}")
@@ -163,75 +170,110 @@ class Study:
         return run
 
 
-def float_run(model: nn.Module) -> Callable[..., Any]:
-    torch._dynamo.reset()
-    return torch.compile(model)
-
-
-def rounded_run(model: nn.Module, recipe: str) -> Callable[..., Any]:
-    torch._dynamo.reset()
+def compiled(model: nn.Module, recipe: str = "") -> Callable[..., Any]:
+    """The model by Inductor, or in a recipe by qcompile."""
+    if not recipe:
+        return torch.compile(model)
     return torch.compile(model, backend="qcompile", options={"recipe": recipe, "policy": "memory"})
 
 
-def pretrained(study: Study) -> nn.Module:
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@dataclass
+class Start:
+    """The pre-trained float model, as something to begin again from: one module, compiled once, whose parameters are set."""
+
+    model: nn.Module
+    run: Callable[..., Any]
+    state: dict[str, Tensor]
+
+    def again(self) -> None:
+        self.model.load_state_dict(self.state)
+
+
+def pretrained(study: Study) -> Start:
     model = llama(study.plan, study.corpus.vocabulary)
-    run = float_run(model)
+    run = compiled(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
-    losses = study.train("pre-training", run, optimizer, study.plan.pretrain, 0, RATE)
+    losses = study.train("pre-training", run, optimizer.step, optimizer, study.plan.pretrain, 0, RATE)
     study.keep(
         kind="pretrain", losses=losses, loss=study.evaluate(run), parameters=sum(p.numel() for p in model.parameters())
     )
-    return model
+    return Start(model, run, snapshot(model))
 
 
-def schemes(study: Study, start: nn.Module) -> None:
-    """The float model, rounded afterwards and rounded in training, for each seed."""
-    plan = study.plan
+def without_decay_of_scales(model: nn.Module) -> list[dict[str, Any]]:
+    """Parameters in two groups: learned scales are not pulled towards 0."""
+    learned = {name for name, _ in model.named_parameters() if name.endswith(".step")}
+    return [
+        {"params": [p for name, p in model.named_parameters() if name not in learned]},
+        {"params": [p for name, p in model.named_parameters() if name in learned], "weight_decay": 0.0},
+    ]
+
+
+def schemes(study: Study, start: Start) -> None:
+    """For each seed the float model, trained on; then, scheme by scheme, that model rounded, and one trained in the scheme."""
+    plan, tuned, best = study.plan, [], []
     for seed in range(1, plan.seeds + 1):
-        tuned = copy.deepcopy(start)
-        run = float_run(tuned)
-        optimizer = torch.optim.AdamW(tuned.parameters(), lr=TUNE_RATE)
-        losses = study.train(f"float, seed {seed}", run, optimizer, plan.tune, seed, TUNE_RATE)
-        best = study.evaluate(run)
-        study.keep(kind="float", seed=seed, losses=losses, loss=best)
-        for name, (recipe, learned) in plan.schemes.items():
-            after = study.evaluate(rounded_run(copy.deepcopy(tuned), recipe))
-            model = copy.deepcopy(start)
-            if learned:
-                qcompile.prepare(model, recipe)
-            run = rounded_run(model, recipe)
-            groups = [
-                {"params": [p for n, p in model.named_parameters() if not n.endswith(".step")]},
-                {"params": [p for n, p in model.named_parameters() if n.endswith(".step")], "weight_decay": 0.0},
-            ]
-            optimizer = torch.optim.AdamW(groups, lr=TUNE_RATE)
-            losses = study.train(f"{name}, seed {seed}", run, optimizer, plan.tune, seed, TUNE_RATE)
-            trained = study.evaluate(run)
-            share = (after - trained) / (after - best) if after > best else math.nan
+        start.again()
+        optimizer = torch.optim.AdamW(start.model.parameters(), lr=TUNE_RATE)
+        name = f"float, seed {seed}"
+        losses = study.train(name, start.run, optimizer.step, optimizer, plan.tune, seed, TUNE_RATE)
+        tuned.append(snapshot(start.model))
+        best.append(study.evaluate(start.run))
+        study.keep(kind="float", seed=seed, losses=losses, loss=best[-1])
+    start.again()
+    for name, (recipe, learned) in plan.schemes.items():
+        rounded, model = copy.deepcopy(start.model), copy.deepcopy(start.model)
+        if learned:
+            qcompile.prepare(model, recipe)
+        begin, run, run_rounded = snapshot(model), compiled(model, recipe), compiled(rounded, recipe)
+        for seed in range(1, plan.seeds + 1):
+            rounded.load_state_dict(tuned[seed - 1])
+            after = study.evaluate(run_rounded)
+            model.load_state_dict(begin)
+            optimizer = torch.optim.AdamW(without_decay_of_scales(model), lr=TUNE_RATE)
+            label = f"{name}, seed {seed}"
+            losses = study.train(label, run, optimizer.step, optimizer, plan.tune, seed, TUNE_RATE)
+            trained, reached = study.evaluate(run), best[seed - 1]
+            share = (after - trained) / (after - reached) if after > reached else math.nan
             study.keep(
-                kind="scheme", scheme=name, recipe=recipe, seed=seed, losses=losses, loss=trained, float=best,
+                kind="scheme", scheme=name, recipe=recipe, seed=seed, losses=losses, loss=trained, float=reached,
                 rounded=after, recovered=share,
             )  # fmt: skip
+        torch._dynamo.reset()  # and with it what the backend keeps of these models
 
 
-def optimizers(study: Study, start: nn.Module) -> None:
+def stochastic(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    """torch's own optimizer, whose step qcompile rewrites."""
+    return torch.compile(optimizer.step, backend="qcompile", options={"recipe": "sr"})
+
+
+def optimizers(study: Study, start: Start) -> None:
     """The same steps with a small learning rate, parameters and state in fewer and fewer bits."""
     plan = study.plan
-    cases: dict[str, tuple[torch.dtype, Callable[..., torch.optim.Optimizer]]] = {
-        "AdamW, fp32": (torch.float32, torch.optim.AdamW),
-        "AdamW, bf16 to nearest": (torch.bfloat16, torch.optim.AdamW),
-        "AdamW, bf16 stochastic": (torch.bfloat16, lambda p, lr: optim.AdamW(p, lr=lr, state_bits=32)),
-        "8-bit state, bf16 stochastic": (torch.bfloat16, lambda p, lr: optim.AdamW(p, lr=lr, state_bits=8)),
-        "4-bit state, bf16 stochastic": (torch.bfloat16, lambda p, lr: optim.AdamW(p, lr=lr, state_bits=4)),
+    start.again()
+    half = copy.deepcopy(start.model).to(torch.bfloat16)
+    begin, run_half = snapshot(half), compiled(half)
+    full, bf16 = (start.model, start.state, start.run), (half, begin, run_half)
+    cases: dict[str, tuple[Any, type[torch.optim.Optimizer], dict[str, Any]]] = {
+        "AdamW, fp32": (full, torch.optim.AdamW, {}),
+        "AdamW, bf16 to nearest": (bf16, torch.optim.AdamW, {}),
+        "AdamW, bf16 stochastic": (bf16, torch.optim.AdamW, {}),
+        "8-bit state, bf16 stochastic": (bf16, optim.AdamW, {"state_bits": 8}),
+        "4-bit state, bf16 stochastic": (bf16, optim.AdamW, {"state_bits": 4}),
     }
-    for name, (dtype, make) in cases.items():
-        model = copy.deepcopy(start).to(dtype)
-        run = float_run(model)
+    for name, ((model, state, run), make, settings) in cases.items():
+        model.load_state_dict(state)
         before = study.evaluate(run)
-        optimizer = make(model.parameters(), lr=SMALL_RATE)
-        losses = study.train(name, run, optimizer, plan.tune, 1, SMALL_RATE)
+        optimizer = make(model.parameters(), lr=SMALL_RATE, **settings)  # type: ignore[arg-type]
+        own = make is torch.optim.AdamW and name.endswith("stochastic")
+        step = stochastic(optimizer) if own else optimizer.step
+        losses = study.train(name, run, step, optimizer, plan.tune, 1, SMALL_RATE)
         tensors = [
-            t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t) and t.numel() > 1
+            t for held in optimizer.state.values() for t in held.values() if torch.is_tensor(t) and t.numel() > 1
         ]
         size = sum(t.numel() * t.element_size() for t in tensors)
         study.keep(

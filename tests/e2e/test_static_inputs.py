@@ -57,10 +57,9 @@ def test_observed_ranges(act: str) -> None:
         scale, zero, *_ = choose_qparams(before.view(1, 2), act)
         assert torch.equal(held.range, before)
         shift = 0.0 if zero is None else float(zero)
-        low, high = (-128, 127) if act == SIGNED else (0, 255)
+        low, high = (-127, 127) if act == SIGNED else (0, 255)
         inside = ((x / scale).round() + shift).clamp(low, high) - shift
-        hidden = twin[0].weight, net[0]
-        assert torch.allclose(hidden[1].input_rounding(x), inside * scale, rtol=4 * FLOAT, atol=0)
+        assert torch.allclose(held(x), inside * scale, rtol=4 * FLOAT, atol=0)
         twin.load_state_dict(net.state_dict())
         want = twin.eval()(x)  # weights are float there: half a step of 127 of each row, in both layers
         assert (y - want).norm() <= 4 / 127 * want.norm()
@@ -75,7 +74,7 @@ def test_gradients_stop_where_the_range_clips() -> None:
     run(x).sum().backward()
     scale = choose_qparams(net[0].input_rounding.range.view(1, 2), SIGNED).scale
     y = x.detach() / scale.view(1, 1)
-    outside = (y < -128.5) | (y > 127.5)
+    outside = y.abs() > 127.5
     assert outside.any()
     assert x.grad is not None
     assert (x.grad[outside] == 0).all()
@@ -117,9 +116,24 @@ def test_state_round_trips() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(QCError, match=r"train\.examples.*0\.weight"):
-        prepare(model(), recipe(SIGNED), activations="lsq")
-    with pytest.raises(QCError, match=r"train\.scheme.*uint8/tensor"):
+    net = model()
+    for inputs in ([], [torch.randn(2, 63)]):
+        with pytest.raises(Exception, match=r"begin with|shapes cannot") as caught:
+            prepare(net, recipe(SIGNED), activations="lsq", inputs=inputs)
+        assert isinstance(caught.value, QCError) == (not inputs)
+        assert net.state_dict().keys() == model().state_dict().keys()  # as it was
+        assert torch.equal(net(torch.ones(1, 64)), model()(torch.ones(1, 64)))
+    with pytest.raises(QCError, match=r"uint8/tensor.*train\.scheme"):
         prepare(model(), recipe(SHIFTED), activations="lsq", inputs=[torch.randn(2, 64)])
-    with pytest.raises(QCError, match=r"train\.estimator.*'ste'"):
+    with pytest.raises(QCError, match=r"'ste' learns nothing"):
         prepare(model(), recipe(SIGNED), activations="ste")
+
+
+def test_a_second_time_keeps_what_is_there() -> None:
+    net, x = model(), torch.randn(9, 64)
+    prepare(net, recipe(SIGNED), activations="observed", inputs=[x])
+    want = net.eval()(x)
+    again = prepare(net, recipe(SIGNED), activations="observed", inputs=[2 * x])
+    assert again.weights == again.inputs == ()
+    assert [path for path, _ in again.kept] == ["0.weight", "0.weight", "2.weight", "2.weight"]
+    assert torch.equal(net(x), want)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,31 +11,13 @@ from qcompile.errors import QCError
 from qcompile.optim.layout import Layout, layout_of, storage_of
 from qcompile.optim.rules import FIRST, SECOND
 from tests.optim.two import EXPECTED
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.processes import run_two
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 def test_two_processes(tmp_path: Path) -> None:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.optim.two", str(rank), str(tmp_path)],
-            cwd=ROOT,
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for out, err in outputs:
-        assert out.splitlines() == EXPECTED, err[-3000:]
+    for lines, errors in run_two("tests.optim.two", tmp_path):
+        assert lines == EXPECTED, errors
 
 
 class Placement:
