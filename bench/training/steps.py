@@ -1,14 +1,16 @@
 """Training steps on CPUs: through the roundings of a recipe, and in 8-bit codes, against Inductor's float step.
 
-    python bench/training/steps.py [--quick] [--json out.json] [--layers 4] [--tokens 1024]
+    python bench/training/steps.py [--quick] [--json out.json] [--layers 4] [--tokens 2048]
 
 A step is the forward and the backward pass of a small decoder (`transformers`' LLaMA: width 512, feed-forward 1408, a
 vocabulary of 4096) in float32; the optimizer, which is the same for all, is left out. Contestants run interleaved, round after
 round, and each reports the median of its times, and the time of Inductor's step divided by its own: more than 1 is faster.
 
-Before anything is timed, gradients of each contestant are compared with those of the plain-torch meaning of the same graph:
-kernels may move them by a tenth of what the rounding itself does (the distance from the gradients of the float model); sums in
-another order do so where a number lies in the middle between two levels. More ends the run with an error.
+Before anything is timed, gradients of each contestant are compared with those of the plain-torch meaning of the same graph.
+Kernels sum in another order. With rounded weights that may move gradients by a tenth of what the rounding itself does (the
+distance from those of the float model). Where activations are rounded too, a sum that differs in its last bit sends a few of
+them to the neighbouring level, and by that more of them in every later product: there the two may be apart by as much as
+rounding costs. In both cases that cost is the same within a tenth. Anything else ends the run with an error.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,6 +34,7 @@ from torch.nn.functional import cross_entropy
 
 from qcompile.backend import watching
 from qcompile.codegen.devices.cpu import detect_isa
+from qcompile.plan.recipe import Recipe
 
 VOCABULARY = 4096
 RECIPES = ("int4/axis0:fp32", "int4", "int8", "w8a8", "w4a8", "int8-train")
@@ -89,12 +92,23 @@ def by_recipe(recipe: str) -> Callable[[nn.Module], Callable[..., object]]:
     return lambda model: torch.compile(model, backend="qcompile", options={"recipe": recipe, "policy": "memory"})
 
 
-def check(model: nn.Module, ids: Tensor, contestant: Contestant, exact: Tensor) -> None:
-    with watching("reference"):
-        want = Contestant(contestant.name, model, ids, by_recipe(contestant.name)).gradients()
-    found = contestant.gradients()
-    ours, rounding = float((found - want).norm()), float((want - exact).norm())
-    if not ours <= 0.1 * rounding:
+def references(model: nn.Module, ids: Tensor, recipes: Sequence[str]) -> dict[str, Tensor]:
+    """Gradients by the plain-torch meaning of each recipe's graph. Dynamo takes two models of one class and one backend to
+    be served by the same code, so what was compiled for this is thrown away."""
+    found = {}
+    for recipe in track(recipes, "in plain torch", transient=True):
+        with watching("reference"):
+            found[recipe] = Contestant(recipe, model, ids, by_recipe(recipe)).gradients()
+        torch._dynamo.reset()
+    return found
+
+
+def check(contestant: Contestant, want: Tensor, exact: Tensor) -> None:
+    noise, expected = contestant.gradients() - exact, want - exact
+    ours, rounding = float((noise - expected).norm()), float(expected.norm())
+    length = float(noise.norm()) / rounding
+    weights_only = all(rule.act is None for rule in Recipe.of(contestant.name).rules)
+    if not ours <= (0.1 if weights_only else 1) * rounding or not 0.9 <= length <= 1.1:
         sys.exit(f"{contestant.name}: kernels move the gradients by {ours:.2e}, its rounding by {rounding:.2e}")
 
 
@@ -116,7 +130,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
     parser.add_argument("--quick", action="store_true", help="7 rounds of 2 layers, one recipe of each kind")
     parser.add_argument("--json", type=Path)
@@ -127,11 +141,12 @@ def main() -> None:
         layers, rounds, recipes = 2, 7, ("int4/axis0:fp32", "w8a8", "int8-train")
     model = decoder(layers)
     ids = torch.randint(0, VOCABULARY, (options.tokens // 256, 257))
+    wanted = references(model, ids, recipes)
     found = [Contestant("Inductor, float32", model, ids, torch.compile)]
     exact = found[0].gradients()
     for recipe in track(recipes, "compiling and checking", transient=True):
         found.append(Contestant(recipe, model, ids, by_recipe(recipe)))
-        check(model, ids, found[-1], exact)
+        check(found[-1], wanted[recipe], exact)
     results = measure(found, rounds)
     count = sum(p.numel() for p in model.parameters())
     title = f"{count / 1e6:.1f} million parameters, {options.tokens} tokens, {detect_isa()}, {options.threads} threads"
@@ -140,7 +155,7 @@ def main() -> None:
         table.add_column(name, justify="left" if name == "step" else "right")
     for r in results:
         table.add_row(r.name, f"{r.milliseconds:.1f}", f"{r.speedup:.2f}", f"{r.best_speedup:.2f}")
-    Console(width=max(Console().width, 100)).print(table)
+    Console(width=max(Console().width, 120)).print(table)
     if options.json:
         about = {"isa": detect_isa(), "threads": options.threads, "torch": torch.__version__, "parameters": count}
         about |= {"tokens": options.tokens}
