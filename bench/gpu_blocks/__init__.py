@@ -1,8 +1,8 @@
 """What `bench/gpu.py` measures: one module per block, and the parts that they share.
 
 A block is a module with `run(session)`. To add one, write the module and a line of `BLOCKS`; numbers are those of
-the plan, whose order is that of the answers' worth. Budgets of
-those without training, and of those with, stay within `TOTAL` each.
+the plan, whose order is that of the answers' worth. Budgets of those without training, and of those with, stay within `TOTAL`
+each.
 """
 
 from __future__ import annotations

@@ -1,7 +1,10 @@
 """Training steps of a decoder in Llama's shapes: products of 8-bit codes, and roundings, against compiled bf16.
 
 A step is forward, backward and torch's fused AdamW. One engine at a time is on the device. What an engine computes is checked
-on one layer first: its kernels may move the gradients by a tenth of what its rounding does.
+on one layer first, against the plain-torch meaning of its graph. Kernels sum in another order: with rounded weights that may
+move gradients by a tenth of what the rounding does. Where activations are rounded too, a last bit sends some of them to the
+neighbouring level and those more in later products, so the two may be apart by as much as rounding costs. In both cases
+that cost is the same within a tenth.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ ENGINES: Mapping[str, Any] = {
     "w8a8": "w8a8",
 }
 TARGET = {"int8-train": 1.5, "fp8-train": 1.5}  # x compiled bf16
-MOVED = 0.1
+WEIGHTS_ONLY = ("int4",)
 COST = 45.0  # seconds that one question may take, compiling from nothing
 
 
@@ -113,10 +116,13 @@ def _verify(session: Session, config: dict[str, Any]) -> None:
     exact, found = gradients(lambda model: model), gradients(lambda model: _compiled(model, engine))
     with watching("reference"):
         want = gradients(lambda model: _compiled(model, engine))
-    moved = float((found - want).norm() / (want - exact).norm())
-    rounding = float((want - exact).norm() / exact.norm())
+    noise, expected = found - exact, want - exact
+    moved = float((noise - expected).norm() / expected.norm())
+    cost = float(noise.norm() / expected.norm())
+    rounding = float(expected.norm() / exact.norm())
+    ok = moved <= (0.1 if engine in WEIGHTS_ONLY else 1) and 0.9 <= cost <= 1.1
     session.say(f"    {engine}: rounding moves gradients by {rounding:.3f}; kernels by {moved:.4f} of that")
-    session.record(config, {"rounding": rounding, "moved": moved}, ok=moved <= MOVED)
+    session.record(config, {"rounding": rounding, "moved": moved, "cost": cost}, ok=ok)
 
 
 def _measure(session: Session, config: dict[str, Any]) -> None:

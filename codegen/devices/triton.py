@@ -234,6 +234,9 @@ def cut(spec: KernelSpec, shape: Shape, shared: int, architecture: str = "") -> 
         return cut_own(spec, shape, shared, architecture)
     shape = _for_pairs(spec, shape, architecture) if spec.paired else shape
     layout, element = text_of(spec).layout, 1 if spec.act is not None else OUT_DTYPES[spec.x].itemsize
+    terms = int(spec.x == "f32" and spec.act is None)  # x is cut into terms of 16 bits, which lie beside it
+    if terms and layout.unit >= 512 and architecture.startswith("sm_") and architecture not in ("sm_90", "sm_100"):
+        shape = replace(shape, columns=min(shape.columns, 64))  # Triton 3.6 spills more of them
     units, rows = max(1, shape.depth // layout.unit), shape.rows
     codes = shape.columns * spec.weight.format.bits // 8 * spec.sums
 
@@ -247,13 +250,12 @@ def cut(spec: KernelSpec, shape: Shape, shared: int, architecture: str = "") -> 
         rows = min(rows, 64)  # two accumulators, and the operands of more than two steps
     if layout.shifted and layout.cell:
         rows = min(rows, 64)  # a third accumulator
-    wide = int(spec.x == "f32" and spec.act is None)  # x is cut into terms of 16 bits, which lie beside it
-    if wide:
+    if terms:
         units, rows = 1, min(rows, 16 if layout.unit >= 512 else 32)
-    while rows > MMA and (2 + wide) * stage() > shared:
+    while rows > MMA and (2 + terms) * stage() > shared:
         rows //= 2
-    stages = max(1, min(shape.stages, shared // stage() - wide))
-    registers = (255 if wide else shape.registers) if architecture.startswith("sm_") else 0
+    stages = max(1, min(shape.stages, shared // stage() - terms))
+    registers = (255 if terms else shape.registers) if architecture.startswith("sm_") else 0
     order = natural(architecture)
     return Tile(rows, shape.columns, units, 1, stages, shape.warps, shape.way, natural=order, registers=registers)
 
