@@ -19,7 +19,7 @@ from qcompile.ledger import Explanation, explain
 from qcompile.options import Options
 from qcompile.passes.base import Stage
 from qcompile.plan.recipe import Recipe
-from qcompile.preparation import Preparation, prepare
+from qcompile.preparation import Preparation, learned_scales, prepare
 from qcompile.runtime.store import STORE
 from qcompile.serialize import load, save
 
@@ -102,6 +102,7 @@ __all__ = [
     "convert",
     "default_passes",
     "explain",
+    "learned_scales",
     "load",
     "prepare",
     "refresh",

@@ -121,6 +121,17 @@ def prepare(
     return Preparation(tuple(done), tuple(kept), tuple((path, str(act)) for path, _, act in static))
 
 
+def learned_scales(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The learned scales and clips of a model, by name as `model.named_parameters()` has them.
+
+    Optimizers whose steps have the size of the learning rate (Adam and its kin) should move them slower than weights, since
+    they are smaller, and without weight decay, which pulls them towards 0.
+    """
+    own = (m for m in model.modules() if isinstance(m, (RoundedWeight, RoundedInput)))
+    held = {id(p) for module in own for p in module.parameters()}
+    return {name: p for name, p in model.named_parameters() if id(p) in held}
+
+
 def _refuse_unlearned(scheme: Scheme, where: str) -> None:
     """Raise `QCError` ("train.scheme") for a scheme whose scales cannot be learned."""
     if why := why_not_learned(scheme):

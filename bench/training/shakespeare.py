@@ -2,6 +2,7 @@
 
 What rounding costs is told by three losses on text that no run has seen: of the float model that was fine-tuned (a), of that
 same model rounded afterwards (b), and of a model that was rounded in every step of an equally long fine-tuning (c).
+"By search" is (b) with the scales of smallest squared error.
 Training through the rounding recovers (b - c) / (b - a) of the gap. All runs of a seed see the same batches.
 
     python bench/training/shakespeare.py [--quick] [--out train-results] [--only schemes|optimizers]
@@ -18,7 +19,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,26 @@ WINDOW = 128  # tokens, which are characters
 
 
 @dataclass(frozen=True)
+class Case:
+    """A scheme to train in.
+
+    Attributes:
+        recipe: as `options={"recipe": ...}` takes it. learned: whether scales are learned (LSQ) or chosen in every step.
+        seeds: how many of the plan's.
+    """
+
+    recipe: str
+    learned: bool = False
+    seeds: int = 1
+
+
+@dataclass(frozen=True)
 class Plan:
     """How much of everything.
 
     Attributes:
-        width, layers: of the model. batch: windows in a step. pretrain, tune: steps. seeds: orders of batches.
-        schemes: label -> (recipe, learned: whether scales are learned). windows: of the text that no run sees.
+        width, layers: of the model. batch: windows in a step. pretrain, tune, small: steps. seeds: orders of batches.
+        windows: of the text that no run sees. cases: by name.
     """
 
     width: int
@@ -50,21 +65,25 @@ class Plan:
     batch: int
     pretrain: int
     tune: int
+    small: int
     seeds: int
     windows: int
-    schemes: Mapping[str, tuple[str, bool]]
+    cases: Mapping[str, Case]
 
 
-_SCHEMES = {
-    "int4 per channel": ("int4/axis0:fp32", True),
-    "int3 g32": ("int3/g32:fp16", True),
-    "int2 g32": ("int2/g32:fp16", True),
-    "w4a8": ("int4/axis0:fp32 int8/token", True),
-    "w4a4": ("int4/axis0:fp32 int4/token", True),
+_CASES = {
+    "int4 per channel": Case("int4/axis0:fp32", seeds=3),
+    "int3 g32": Case("int3/g32:fp16"),
+    "int2 g32": Case("int2/g32:fp16", seeds=3),
+    "int2 g32, learned scales": Case("int2/g32:fp16", learned=True, seeds=3),
+    "w4a8": Case("int4/axis0:fp32 int8/token"),
+    "w4a4": Case("int4/axis0:fp32 int4/token"),
 }
-FULL = Plan(256, 4, 16, 500, 100, 3, 64, _SCHEMES)
-QUICK = Plan(128, 2, 8, 120, 40, 1, 16, {name: _SCHEMES[name] for name in ("int4 per channel", "int2 g32")})
+FULL = Plan(256, 4, 8, 1200, 200, 150, 3, 128, _CASES)
+QUICK = Plan(128, 2, 8, 160, 40, 60, 1, 32, {name: _CASES[name] for name in ("int3 g32", "int2 g32")})
 RATE, TUNE_RATE = 1.5e-3, 3e-4
+# A step of Adam moves a number by about the rate, and a scale is much smaller than a weight is large.
+SCALES_RATE = 0.03
 # Of the runs with optimizers: so small that a step is mostly less than half the spacing of bf16 numbers around a weight.
 SMALL_RATE = 2e-5
 
@@ -145,18 +164,21 @@ class Study:
         steps: int,
         seed: int,
         rate: float,
+        look: Callable[[int], None] = lambda step: None,
     ) -> list[float]:
-        """Train with a cosine schedule, where `update` is the optimizer's step; the losses of all steps."""
+        """Train with a cosine schedule, where `update` is the optimizer's step and `look` gets the number of each that is
+        done; the losses of all steps."""
         bar, losses = self.progress.add_task(name, total=steps), []
         for step, batch in enumerate(self.corpus.batches(steps, self.plan.batch, seed)):
             scale = min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))
             for group in optimizer.param_groups:
-                group["lr"] = rate * scale
+                group["lr"] = rate * scale * group.get("share", 1.0)
             loss = loss_of(run, batch)
             loss.backward()
             update()
             optimizer.zero_grad()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
+            look(step + 1)
             self.progress.update(bar, advance=1, description=f"{name}: {losses[-1]:.3f}")
         self.progress.remove_task(bar)
         return losses
@@ -170,7 +192,7 @@ class Study:
         return run
 
 
-def compiled(model: nn.Module, recipe: str = "") -> Callable[..., Any]:
+def compiled(model: nn.Module, recipe: str | qcompile.Recipe = "") -> Callable[..., Any]:
     """The model by Inductor, or in a recipe by qcompile."""
     if not recipe:
         return torch.compile(model)
@@ -183,66 +205,76 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
 
 @dataclass
 class Start:
-    """The pre-trained float model, as something to begin again from: one module, compiled once, whose parameters are set."""
+    """The pre-trained float model, as something to begin again from: one module, compiled once, whose parameters are set.
+
+    Attributes:
+        early: the parameters after a quarter of the steps. state: at the end.
+    """
 
     model: nn.Module
     run: Callable[..., Any]
+    early: dict[str, Tensor]
     state: dict[str, Tensor]
-
-    def again(self) -> None:
-        self.model.load_state_dict(self.state)
 
 
 def pretrained(study: Study) -> Start:
     model = llama(study.plan, study.corpus.vocabulary)
-    run = compiled(model)
+    run, early = compiled(model), {}
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
-    losses = study.train("pre-training", run, optimizer.step, optimizer, study.plan.pretrain, 0, RATE)
-    study.keep(
-        kind="pretrain", losses=losses, loss=study.evaluate(run), parameters=sum(p.numel() for p in model.parameters())
-    )
-    return Start(model, run, snapshot(model))
+
+    def look(step: int) -> None:
+        if step == study.plan.pretrain // 4:
+            early.update(snapshot(model))
+
+    losses = study.train("pre-training", run, optimizer.step, optimizer, study.plan.pretrain, 0, RATE, look)
+    count = sum(p.numel() for p in model.parameters())
+    study.keep(kind="pretrain", losses=losses, loss=study.evaluate(run), parameters=count)
+    return Start(model, run, early, snapshot(model))
 
 
-def without_decay_of_scales(model: nn.Module) -> list[dict[str, Any]]:
-    """Parameters in two groups: learned scales are not pulled towards 0."""
-    learned = {name for name, _ in model.named_parameters() if name.endswith(".step")}
-    return [
-        {"params": [p for name, p in model.named_parameters() if name not in learned]},
-        {"params": [p for name, p in model.named_parameters() if name in learned], "weight_decay": 0.0},
-    ]
+def groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Parameters for an optimizer: learned scales have a rate of their own, and are not pulled towards 0."""
+    scales = qcompile.learned_scales(model)
+    found: list[dict[str, Any]] = [{"params": [p for name, p in model.named_parameters() if name not in scales]}]
+    return found + [{"params": scales.values(), "weight_decay": 0.0, "share": SCALES_RATE}] * bool(scales)
+
+
+def searched(recipe: str) -> qcompile.Recipe:
+    """The same schemes with the scales of smallest squared error: a stronger rounding of a trained model."""
+    return qcompile.Recipe(tuple(replace(rule, fit="mse") for rule in qcompile.Recipe.of(recipe).rules), "searched")
 
 
 def schemes(study: Study, start: Start) -> None:
     """For each seed the float model, trained on; then, scheme by scheme, that model rounded, and one trained in the scheme."""
     plan, tuned, best = study.plan, [], []
     for seed in range(1, plan.seeds + 1):
-        start.again()
+        start.model.load_state_dict(start.state)
         optimizer = torch.optim.AdamW(start.model.parameters(), lr=TUNE_RATE)
         name = f"float, seed {seed}"
         losses = study.train(name, start.run, optimizer.step, optimizer, plan.tune, seed, TUNE_RATE)
         tuned.append(snapshot(start.model))
         best.append(study.evaluate(start.run))
         study.keep(kind="float", seed=seed, losses=losses, loss=best[-1])
-    start.again()
-    for name, (recipe, learned) in plan.schemes.items():
-        rounded, model = copy.deepcopy(start.model), copy.deepcopy(start.model)
-        if learned:
-            qcompile.prepare(model, recipe)
-        begin, run, run_rounded = snapshot(model), compiled(model, recipe), compiled(rounded, recipe)
-        for seed in range(1, plan.seeds + 1):
-            rounded.load_state_dict(tuned[seed - 1])
-            after = study.evaluate(run_rounded)
+    for name, case in plan.cases.items():
+        model = copy.deepcopy(start.model)
+        after = []
+        for recipe in (case.recipe, searched(case.recipe)):
+            run = compiled(model, recipe)
+            for state in tuned[: case.seeds]:
+                model.load_state_dict(state)
+                after.append(study.evaluate(run))
+        model.load_state_dict(start.state)
+        if case.learned:
+            qcompile.prepare(model, case.recipe)
+        begin, run = snapshot(model), compiled(model, case.recipe)
+        for seed in range(1, min(plan.seeds, case.seeds) + 1):
             model.load_state_dict(begin)
-            optimizer = torch.optim.AdamW(without_decay_of_scales(model), lr=TUNE_RATE)
+            optimizer = torch.optim.AdamW(groups(model), lr=TUNE_RATE)
             label = f"{name}, seed {seed}"
             losses = study.train(label, run, optimizer.step, optimizer, plan.tune, seed, TUNE_RATE)
-            trained, reached = study.evaluate(run), best[seed - 1]
-            share = (after - trained) / (after - reached) if after > reached else math.nan
-            study.keep(
-                kind="scheme", scheme=name, recipe=recipe, seed=seed, losses=losses, loss=trained, float=reached,
-                rounded=after, recovered=share,
-            )  # fmt: skip
+            found = {"float": best[seed - 1], "rounded": after[seed - 1], "searched": after[len(after) // 2 + seed - 1]}
+            loss = study.evaluate(run)
+            study.keep(kind="scheme", scheme=name, recipe=case.recipe, seed=seed, losses=losses, loss=loss, **found)
         torch._dynamo.reset()  # and with it what the backend keeps of these models
 
 
@@ -252,12 +284,11 @@ def stochastic(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
 
 
 def optimizers(study: Study, start: Start) -> None:
-    """The same steps with a small learning rate, parameters and state in fewer and fewer bits."""
+    """The same steps with a small learning rate, parameters and state in fewer and fewer bits, from where loss falls fast."""
     plan = study.plan
-    start.again()
+    start.model.load_state_dict(start.early)
     half = copy.deepcopy(start.model).to(torch.bfloat16)
-    begin, run_half = snapshot(half), compiled(half)
-    full, bf16 = (start.model, start.state, start.run), (half, begin, run_half)
+    full, bf16 = (start.model, start.early, start.run), (half, snapshot(half), compiled(half))
     cases: dict[str, tuple[Any, type[torch.optim.Optimizer], dict[str, Any]]] = {
         "AdamW, fp32": (full, torch.optim.AdamW, {}),
         "AdamW, bf16 to nearest": (bf16, torch.optim.AdamW, {}),
@@ -268,10 +299,10 @@ def optimizers(study: Study, start: Start) -> None:
     for name, ((model, state, run), make, settings) in cases.items():
         model.load_state_dict(state)
         before = study.evaluate(run)
-        optimizer = make(model.parameters(), lr=SMALL_RATE, **settings)  # type: ignore[arg-type]
+        optimizer = make(model.parameters(), lr=SMALL_RATE, **settings)  # type: ignore[call-arg]
         own = make is torch.optim.AdamW and name.endswith("stochastic")
         step = stochastic(optimizer) if own else optimizer.step
-        losses = study.train(name, run, step, optimizer, plan.tune, 1, SMALL_RATE)
+        losses = study.train(name, run, step, optimizer, plan.small, 1, SMALL_RATE)
         tensors = [
             t for held in optimizer.state.values() for t in held.values() if torch.is_tensor(t) and t.numel() > 1
         ]
@@ -281,27 +312,33 @@ def optimizers(study: Study, start: Start) -> None:
         )
 
 
+def recovered(run: Mapping[str, float]) -> float:
+    """Share of the gap, `nan` where there is none."""
+    gap = run["rounded"] - run["float"]
+    return (run["rounded"] - run["loss"]) / gap if gap > 0 else math.nan
+
+
 def table(runs: list[dict[str, Any]]) -> Iterator[Table]:
     rounded = [run for run in runs if run["kind"] == "scheme"]
     if rounded:
-        found = Table(title="loss on unseen text, nats a character (mean of seeds)", title_justify="left")
-        for column in ("scheme", "float", "rounded after", "trained rounded", "recovered"):
+        found = Table(title="loss on unseen text, nats a character: means of seeds", title_justify="left")
+        for column in ("scheme", "float", "rounded", "by search", "trained rounded", "recovered", "of each seed"):
             found.add_column(column, justify="left" if column == "scheme" else "right")
         for name in dict.fromkeys(run["scheme"] for run in rounded):
             mine = [run for run in rounded if run["scheme"] == name]
-            means = [sum(run[key] for run in mine) / len(mine) for key in ("float", "rounded", "loss")]
-            gap = (means[1] - means[2]) / (means[1] - means[0]) if means[1] > means[0] else math.nan
-            found.add_row(name, *(f"{mean:.4f}" for mean in means), f"{gap:.0%}")
+            keys = ("float", "rounded", "searched", "loss")
+            mean = {key: sum(run[key] for run in mine) / len(mine) for key in keys}
+            each = " ".join(f"{recovered(run):.0%}" for run in mine)
+            found.add_row(name, *(f"{value:.4f}" for value in mean.values()), f"{recovered(mean):.0%}", each)
         yield found
     compared = [run for run in runs if run["kind"] == "optimizer"]
     if compared:
         found = Table(title=f"optimizers at a learning rate of {SMALL_RATE:g}", title_justify="left")
-        for column in ("optimizer", "loss before", "after", "state MB"):
+        for column in ("optimizer", "loss before", "after", "/ fp32", "state MB"):
             found.add_column(column, justify="left" if column == "optimizer" else "right")
         for run in compared:
-            found.add_row(
-                run["optimizer"], f"{run['before']:.4f}", f"{run['loss']:.4f}", f"{run['state_bytes'] / 1e6:.2f}"
-            )
+            words = (f"{run['before']:.4f}", f"{run['loss']:.4f}", f"{run['loss'] / compared[0]['loss']:.4f}")
+            found.add_row(run["optimizer"], *words, f"{run['state_bytes'] / 1e6:.2f}")
         yield found
 
 

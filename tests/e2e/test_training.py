@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from qcompile import QCError, convert, prepare
+from qcompile import QCError, convert, learned_scales, prepare
 from qcompile.backend import watching
 from qcompile.ir.codec import dequantize, quantize
 from qcompile.ir.fit import why_unfit
@@ -265,7 +265,9 @@ def test_learned_scales(scheme: str, estimator: str) -> None:
     model, ids = Tied(), torch.randint(0, 48, (3, 5))
     report = prepare(model, scheme, estimator=estimator)
     assert len(report.weights) == 5
-    assert sum("original" not in name and "parametrizations" in name for name, _ in model.named_parameters()) == 4
+    ours = {name for name, _ in model.named_parameters() if "original" not in name and "parametrizations" in name}
+    assert len(ours) == 4
+    assert learned_scales(model).keys() == ours
     grads = []
     for mode in ("reference", "compiled"):
         torch._dynamo.reset()
