@@ -73,8 +73,9 @@ class Plan:
 
 _CASES = {
     "int4 per channel": Case("int4/axis0:fp32", seeds=3),
+    "int4 per channel, learned scales": Case("int4/axis0:fp32", learned=True, seeds=3),
     "int3 g32": Case("int3/g32:fp16"),
-    "int2 g32": Case("int2/g32:fp16", seeds=3),
+    "int2 g32": Case("int2/g32:fp16"),
     "int2 g32, learned scales": Case("int2/g32:fp16", learned=True, seeds=3),
     "w4a8": Case("int4/axis0:fp32 int8/token"),
     "w4a4": Case("int4/axis0:fp32 int4/token"),
@@ -343,25 +344,27 @@ def table(runs: list[dict[str, Any]]) -> Iterator[Table]:
 
 
 def curves(runs: list[dict[str, Any]], out: Path) -> None:
-    """Smoothed losses of all steps, as PNG."""
+    """Losses of all steps, less those of float32 on the same batches, as PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.5))
-    for axis, kinds in zip(axes, (("float", "scheme"), ("optimizer",)), strict=True):
-        for run in runs:
-            if run["kind"] in kinds and run.get("seed", 1) == 1:
-                smooth = [sum(run["losses"][max(0, i - 9) : i + 1]) / min(i + 1, 10) for i in range(len(run["losses"]))]
-                axis.plot(smooth, label=run.get("scheme") or run.get("optimizer") or "float")
-        axis.set_xlabel("step")
-        axis.set_ylabel("training loss, mean of 10 steps")
-        axis.legend(fontsize=8)
-    axes[0].set_title("rounded in training")
-    axes[1].set_title("optimizers")
+    for axis, kinds, title in zip(
+        axes, (("float", "scheme"), ("optimizer",)), ("rounded in training", "optimizers"), strict=True
+    ):
+        shown = [run for run in runs if run["kind"] in kinds and run.get("seed", 1) == 1]
+        for run in shown:
+            more = [a - b for a, b in zip(run["losses"], shown[0]["losses"], strict=True)]
+            smooth = [sum(more[max(0, i - 9) : i + 1]) / min(i + 1, 10) for i in range(len(more))]
+            axis.plot(smooth, label=run.get("scheme") or run.get("optimizer") or "float")
+        axis.set(title=title, xlabel="step", ylabel="training loss less that of float32, mean of 10 steps")
+        if shown:
+            axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(out / "curves.png", dpi=120)
+    pyplot.close(figure)
 
 
 def main() -> int:
@@ -370,7 +373,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("train-results"))
     parser.add_argument("--only", choices=("schemes", "optimizers"))
     options = parser.parse_args()
-    console = Console()
+    console = Console(width=max(Console().width, 110))
     with Progress(console=console) as progress:
         study = Study(QUICK if options.quick else FULL, Corpus(), options.out, progress)
         try:
