@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from qcompile import optim
 from qcompile.errors import QCError
@@ -39,7 +40,12 @@ def test_no_float_tensor_of_a_weight_stays() -> None:
     sizes = {320 * 64, 320 * 96}
     gc.collect()
     alive = [
-        t for t in gc.get_objects() if issubclass(type(t), Tensor) and t.is_floating_point() and t.numel() in sizes
+        t
+        for t in gc.get_objects()
+        if issubclass(type(t), Tensor)
+        and not issubclass(type(t), FakeTensor)  # what compiled graphs of other tests keep, without numbers
+        and t.is_floating_point()
+        and t.numel() in sizes
     ]
     assert not alive
     codes = net[0].parametrizations.weight.original0
