@@ -5,8 +5,9 @@ else: values always come from the codec, `decode(encode(x))`, so that what train
 bit. Gradients are plain torch too; they are traced into the graph of the backward pass and fused by the compiler.
 
 * `ste` learns nothing: the gradient passes where x is inside the range and is 0 outside (Bengio et al. 2013, arXiv 1308.3432).
-* `lsq` learns the step. x as `ste`; the step gets the sum over its cell of g (level - x / s) inside and g level outside, times
-  1 / sqrt(n Q) (Esser et al. 2020, arXiv 1902.08153, equation 3 and section 2.2).
+* `lsq` learns the step. The gradient of x passes where x / s lies between the outermost levels; the step gets the sum over its
+  cell of g (level - x / s) there and of g level elsewhere, times 1 / sqrt(n Q) (Esser et al. 2020, arXiv 1902.08153,
+  equations 3 and 5 and section 2.2).
 * `pact` learns where to clip. The gradient of x passes where |x| is below the clip, which gets the sum of g sign(x) where it
   is not (Choi et al. 2018, arXiv 1805.06085, equation 3).
 
@@ -63,6 +64,13 @@ class Estimate:
         at = self.y + self.shift
         return (at >= low) & (at <= high)
 
+    @property
+    def between(self) -> Tensor:
+        """Bool, of x's shape: strictly between the outermost levels, half a step less on each side than `inside`."""
+        levels = _levels(self.scheme.format)
+        at = self.y + self.shift
+        return (at > levels[0]) & (at < levels[-1])
+
 
 class Estimator:
     """The gradient at a rounding. Subclass, name it, and `register` an instance.
@@ -113,12 +121,12 @@ class LearnedStep(Estimator):
         return (scale.clone(),)
 
     def backward(self, grad: Tensor, at: Estimate) -> tuple[Tensor, ...]:
-        inside, cell = at.inside, at.scheme.granularity.cell(at.x.dim())
-        slope = torch.where(inside, at.level - at.y, at.level)
+        between, cell = at.between, at.scheme.granularity.cell(at.x.dim())
+        slope = torch.where(between, at.level - at.y, at.level)
         count = cell_counts(at.x.shape, cell, at.x.device)
         factor = torch.rsqrt(count * at.scheme.format.max).to(torch.float32)
         step = reduce_cells(grad * slope, cell, _sum) * factor
-        return torch.where(inside, grad, 0.0), step
+        return torch.where(between, grad, 0.0), step
 
 
 class LearnedClip(Estimator):
@@ -202,9 +210,14 @@ def rounded_scale(step: Tensor, scheme: str) -> Tensor:
     return store_scale(torch.clamp(step.detach().to(torch.float32), min=fmt.low), fmt).contiguous()
 
 
+def _levels(fmt: Format) -> list[float]:
+    """What x may be rounded to, in units of the step, ascending."""
+    return sorted({value for value in fmt.values if math.isfinite(value) and value >= fmt.low})
+
+
 def reach(fmt: Format) -> tuple[float, float]:
     """The values (in units of the step) that round to a level without being clipped: half a step beyond both ends."""
-    levels = sorted({value for value in fmt.values if math.isfinite(value) and value >= fmt.low})
+    levels = _levels(fmt)
     if len(levels) < 2:
         return levels[0], levels[0]
     return levels[0] - (levels[1] - levels[0]) / 2, levels[-1] + (levels[-1] - levels[-2]) / 2
