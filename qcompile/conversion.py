@@ -34,6 +34,7 @@ from qcompile.plan.recipe import Choice, Recipe
 from qcompile.plan.site import Site
 from qcompile.plan.table import Printed, size_unit
 from qcompile.rounded import rounded_weight
+from qcompile.runtime.pins import PINS
 from qcompile.runtime.store import ordinary_tensors, warn_clamped
 
 
@@ -137,6 +138,8 @@ def convert(model: nn.Module, recipe: Any = "auto", *, strict: bool = False) -> 
         except QCError as error:
             raise error.at(first.path) from error
         choices[site.path] = choice
+        if (pin := PINS.of(weight, site.kind, rules.fingerprint())) is not None:
+            choice = replace(choice, weight=pin.weight, act=pin.act, fit=pin.fit, reason="")
         if (prepared := rounded_weight(first.module)) is not None:  # the scheme is the one it was trained in
             choice = replace(choice, weight=Scheme.parse(prepared[1].scheme), reason="")
         if choice.weight is None or refused:

@@ -122,15 +122,17 @@ def _choose(ctx: PassContext, site: Site, weight: Weight) -> Choice:
 
 
 def _pinned(ctx: PassContext, site: Site, weight: Weight) -> Choice | None:
-    """What the weight was trained in with this recipe, which is what it is deployed in."""
-    if weight.scheme or site.trained:
+    """What the weight was trained in with this recipe, which is what it is trained in further, and deployed in."""
+    if weight.scheme:
         return None
     roots = [ctx.inputs[root.name] for root in weight.roots]
     pin = ctx.pins.find(roots, weight.expression.text, site.kind, ctx.recipe.fingerprint())
     if pin is None:
         return None
-    rule = ctx.recipe.resolve(replace(site, weight_dtype=str(pin.weight)), packed=pin.weight).rule
-    return Choice(pin.weight, pin.act, rule, TRAINED, pin.fit)
+    found = ctx.recipe.resolve(replace(site, weight_dtype=str(pin.weight)), packed=pin.weight)
+    return Choice(
+        pin.weight, pin.act, found.rule, TRAINED, pin.fit, estimator=found.estimator, grad=found.grad
+    )  # fmt: skip
 
 
 def _linears_of_buffers(graph: fx.Graph, ctx: PassContext) -> dict[int, Site]:

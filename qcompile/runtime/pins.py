@@ -32,13 +32,20 @@ class Pins:
         self._known = WeakIdKeyDictionary()
 
     def pin(self, roots: Sequence[torch.Tensor], text: str, kind: str, recipe: str, pin: Pin) -> None:
-        """Remember what a graph that trains does; the latest one counts."""
-        self._known.setdefault(roots[0], {})[self._key(roots, text, kind, recipe)] = pin
+        """Remember what a graph that trains does. The first one counts: another graph, compiled for another shape when the
+        weight has other values, must round to the same scheme."""
+        self._known.setdefault(roots[0], {}).setdefault(self._key(roots, text, kind, recipe), pin)
 
     def find(self, roots: Sequence[torch.Tensor], text: str, kind: str, recipe: str) -> Pin | None:
         """What the weight was trained in with this recipe, if it was."""
         found: Pin | None = self._known.get(roots[0], {}).get(self._key(roots, text, kind, recipe))
         return found
+
+    def of(self, weight: torch.Tensor, kind: str, recipe: str) -> Pin | None:
+        """What the parameter was trained in, in whatever way a graph read it; `None` where those ways differ."""
+        known = self._known.get(weight, {}).items()
+        found = {pin for (others, _, site, name), pin in known if not others and (site, name) == (kind, recipe)}
+        return found.pop() if len(found) == 1 else None
 
     @staticmethod
     def _key(roots: Sequence[torch.Tensor], text: str, kind: str, recipe: str) -> tuple[object, ...]:

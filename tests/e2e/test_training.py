@@ -20,7 +20,7 @@ from qcompile.ir.scheme import Scheme
 from qcompile.plan.recipe import Recipe, Rule
 from qcompile.runtime.store import STORE
 from tests.e2e.models import MLP
-from tests.e2e.support import compiled
+from tests.e2e.support import compiled, fp32_step
 
 # The first four also as a transposed product and as tables; all as a linear.
 SCHEMES = (
@@ -169,6 +169,19 @@ def test_the_scheme_stays_the_one_of_training() -> None:
     assert (trained.weight.format.name, trained.trained) == ("uint4", True)
     assert (deployed.weight.format.name, deployed.reason) == ("uint4", "as it was trained")
     assert str(other.weight).startswith("int8/g64")
+
+    # Another graph of the same model, and giving up its weights, too.
+    torch._dynamo.reset()
+    run = compiled(model, recipe, policy="memory", dynamic=False)
+    with watching("reference") as trace:
+        run(x[:3]).sum().backward()
+    (again,) = trace.contexts[0].plan
+    assert (again.weight, again.trained) == (trained.weight, True)
+    with torch.no_grad():
+        want, largest = run(x), x.abs().max() * model[0].weight.abs().sum(1).max()
+        (item,) = convert(model, recipe).weights
+        assert item.scheme.startswith("uint4/g32:fp16+m")
+        assert (model(x) - want).abs().max() <= largest * fp32_step(64)
 
 
 class Blocks(nn.Module):
