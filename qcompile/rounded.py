@@ -4,7 +4,7 @@ not depend on the call, which were observed or are learned."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -91,11 +91,15 @@ class RoundedInput(nn.Module):
 
     def observe(self, x: torch.Tensor) -> None:
         """Take the range of x into the average."""
+        if not x.numel():
+            return
         with torch.no_grad():
             new = torch.stack(torch.aminmax(x.detach())).to(torch.float32)
             share = torch.where(self.calls == 0, 1.0, self.momentum)
-            self.range.copy_(self.range + share * (new - self.range))
-            self.calls.add_(1)
+            # An infinity or a NaN, as a step that overflows has, would stay in the average for good.
+            finite = new.isfinite().all()
+            self.range.copy_(torch.where(finite, self.range + share * (new - self.range), self.range))
+            self.calls.add_(finite.to(self.calls.dtype))
 
     def _scales(self, ndim: int) -> list[torch.Tensor]:
         """Scale and zero point of the range, for a tensor of so many dimensions."""
@@ -110,6 +114,13 @@ class RoundedInput(nn.Module):
         else:
             if self.training:
                 self.observe(x)
+            elif not torch.compiler.is_compiling() and x.device.type != "meta" and not int(self.calls):
+                raise QCError(
+                    "train.unobserved",
+                    f"there is no range for {self.scheme} yet",
+                    why="nothing has come to this input in training",
+                    next="train first, or pass inputs=[...] to prepare: what the model is called with",
+                )
             learned, scales = [], self._scales(x.dim())
         # "static": the scale was not chosen from x, so x may lie outside of its range.
         result: torch.Tensor = torch.ops.qcompile.fake_quant(x, scales, learned, self.scheme, self.estimator, "static")
@@ -119,15 +130,21 @@ class RoundedInput(nn.Module):
         return f"{self.scheme}, {'observed' if self.estimator == 'ste' else self.estimator}"
 
 
-def _round_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _round_input(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The hook in front of a module's `forward`."""
-    return (module.input_rounding(args[0]), *args[1:])  # type: ignore[operator]
+    rounding = cast("RoundedInput", module.input_rounding)
+    if args:
+        return (rounding(args[0]), *args[1:]), kwargs
+    name = next(iter(kwargs))  # a linear has one input, whatever it is called
+    return args, {**kwargs, name: rounding(kwargs[name])}
 
 
 def attach_input(module: nn.Module, rounding: RoundedInput) -> None:
     """Round what a module is called with."""
     module.add_module("input_rounding", rounding)
-    module.register_forward_pre_hook(_round_input)
+    module.register_forward_pre_hook(_round_input, with_kwargs=True)
 
 
 def detach_input(module: nn.Module) -> None:
@@ -135,6 +152,7 @@ def detach_input(module: nn.Module) -> None:
     del module.input_rounding
     for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _round_input]:
         del module._forward_pre_hooks[key]
+        module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def has_rounded_input(module: nn.Module) -> bool:

@@ -137,3 +137,19 @@ def test_a_second_time_keeps_what_is_there() -> None:
     assert again.weights == again.inputs == ()
     assert [path for path, _ in again.kept] == ["0.weight", "0.weight", "2.weight", "2.weight"]
     assert torch.equal(net(x), want)
+
+
+def test_what_is_no_range_is_not_observed() -> None:
+    net = model()
+    prepare(net, recipe(SIGNED), estimator="ste", activations="observed")
+    with pytest.raises(QCError) as caught:
+        net.eval()(torch.randn(2, 64))
+    assert caught.value.code == "train.unobserved"
+    net.train()(torch.randn(4, 64))
+    kept = net[0].input_rounding.range.clone()
+    for value in (float("inf"), float("nan")):
+        net(torch.full((2, 64), value))
+    net(torch.empty(0, 64))
+    assert torch.equal(net[0].input_rounding.range, kept)
+    assert int(net[0].input_rounding.calls) == 1
+    assert torch.equal(net.eval()[0](input=torch.ones(2, 64)), net[0](torch.ones(2, 64)))
