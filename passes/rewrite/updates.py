@@ -32,7 +32,7 @@ def learning_rates_as_inputs(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
     At first it takes them for constants. It is asked once, before anything is compiled, and then comes again.
     """
     values = [*gm.parameters(), *inputs]
-    narrow = [p for p in values if isinstance(p, torch.nn.Parameter) and p.dtype in HALVES]
+    narrow = [p for p in values if isinstance(p, Tensor) and p.dtype in HALVES]
     if narrow and compat.traced_optimizer(narrow) is not None:
         compat.trace_again_with_numbers(LEARNING_RATE)
 
@@ -44,11 +44,11 @@ class Updates(Pass):
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> None:
         leaves = _Leaves(gm, ctx)
-        parameters = [node for node in leaves.narrow if isinstance(leaves.real[node], torch.nn.Parameter)]
         written = leaves.written()
-        targets = [node for node in parameters if node in written]
+        parameters = _parameters([leaves.real[node] for node in written])
+        targets = [node for node in leaves.narrow if node in written and id(leaves.real[node]) in parameters]
         if not targets:
-            if any(isinstance(leaves.real[node], torch.nn.Parameter) for node in written):
+            if parameters:
                 ctx.plan.notes.append(f"{self.name}: no parameter of 16 bits is updated here, nothing is rounded")
             return
         values = [leaves.real[node] for node in targets]
@@ -58,6 +58,14 @@ class Updates(Pass):
         for node in leaves.narrow:
             if node in written and node in wide:
                 _write_back(gm.graph, node, wide[node], written[node], rows.get(node))
+
+
+def _parameters(written: Sequence[Any]) -> set[int]:
+    """Ids of the tensors that are parameters, by their type or because an optimizer holds them."""
+    tensors = [value for value in written if isinstance(value, Tensor)]
+    optimizer = compat.traced_optimizer(tensors)
+    held = {id(p) for group in (optimizer.param_groups if optimizer else ()) for p in group["params"]}
+    return {id(t) for t in tensors if isinstance(t, torch.nn.Parameter) or id(t) in held}
 
 
 class _Leaves:

@@ -341,6 +341,17 @@ def test_what_has_no_16_bits_stays_as_it_is(graphs: list[Any]) -> None:
     assert any("nothing is rounded" in note for note in trace.contexts[-1].plan.notes)
 
 
+def test_tensors_that_are_no_parameters(graphs: list[Any]) -> None:
+    p = torch.ones(4096, dtype=torch.bfloat16, requires_grad=True)
+    opt = torch.optim.SGD([p], lr=2.0**-10)  # a quarter of the spacing below 1
+    step = compiled(opt.step)
+    p.grad = torch.ones_like(p)
+    step()
+    share = float((p.detach() != 1).float().mean())
+    assert abs(share - 0.25) <= 5 * (0.25 * 0.75 / 4096) ** 0.5
+    assert int(opt.param_groups[0]["rounding_steps"]) == 1
+
+
 def test_a_function_that_updates(graphs: list[Any]) -> None:
     p = nn.Parameter(torch.randn(9).bfloat16())
 
