@@ -119,23 +119,49 @@ class LowBitOptimizer(torch.optim.Optimizer):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _advance(self) -> None:
-        calls: dict[tuple[str, torch.device], _Call] = {}
-        number = -1
+        number, work = -1, []
+        bits = [group["state_bits"] for group in self.param_groups]
+        check = self.__dict__.get("_bits") != bits  # those of the last step; torch pickles no attribute
         for group in self.param_groups:
             rule = self.rule(group)
             for p in group["params"]:
                 number += 1
-                if gradient_of(p) is not None:
-                    self._add(calls, group, rule, p, number)
+                if gradient_of(p) is not None:  # all of them are looked at before any is stepped
+                    work.append((group, rule, p, number, _gradient(p), self._storages(group, rule, p, check)))
+        self._bits = bits
+        calls: dict[tuple[str, torch.device], _Call] = {}
+        for item in work:
+            self._add(calls, *item)
         for (text, _), call in calls.items():
             call.run(text)
 
-    def _add(
-        self, calls: dict[tuple[str, torch.device], _Call], group: Group, rule: Rule, p: Tensor, number: int
-    ) -> None:
-        grad, layout = _gradient(p), layout_of(p)
+    def _storages(self, group: Group, rule: Rule, p: Tensor, check: bool) -> dict[Moment, Storage]:
+        """How each moment of a parameter is stored; `check` that its state, if it has some, is so."""
+        layout, state = layout_of(p), self.state.get(p, {})
         storages = {moment: storage_of(layout, moment, group["state_bits"]) for moment in rule.moments}
-        state = self.state[p]
+        for moment, storage in storages.items() if check else ():
+            if any(key in state for key in (moment.key, f"{moment.key}_codes")):
+                expected = new_state(moment, storage, layout, torch.device("meta"))
+                if any(key not in state or state[key].shape != t.shape for key, t in expected.items()):
+                    raise QCError(
+                        "optim.state-bits",
+                        f"{moment.key} is not stored in {group['state_bits']} bits",
+                        why="state_bits of a group was changed after its first step",
+                        next="make another optimizer with these bits, and load this one's state_dict into it",
+                    )
+        return storages
+
+    def _add(
+        self,
+        calls: dict[tuple[str, torch.device], _Call],
+        group: Group,
+        rule: Rule,
+        p: Tensor,
+        number: int,
+        grad: Tensor,
+        storages: dict[Moment, Storage],
+    ) -> None:
+        layout, state = layout_of(p), self.state[p]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
         for moment, storage in storages.items():

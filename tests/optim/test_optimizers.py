@@ -288,3 +288,26 @@ def test_every_step_has_a_plain_meaning() -> None:
             train(optimizer, params, range(3))
         results.append(params)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_step_that_is_refused_changes_nothing() -> None:
+    params = parameters()
+    optimizer = ours("adamw", params)
+    gradients(params, 0)
+    optimizer.step()
+    before = [t.clone() for p in params for t in (p.detach(), *optimizer.state[p].values())]
+
+    def unchanged(code: str) -> None:
+        with pytest.raises(QCError) as caught:
+            optimizer.step()
+        assert caught.value.code == code
+        after = [t for p in params for t in (p.detach(), *optimizer.state[p].values())]
+        assert all(map(torch.equal, before, after))
+
+    kept = params[-1].grad
+    params[-1].grad = torch.zeros_like(params[-1]).to_sparse()
+    unchanged("optim.grad")
+    params[-1].grad = kept
+    bits = optimizer.param_groups[0]["state_bits"]
+    optimizer.param_groups[0]["state_bits"] = 4 if bits == 8 else 8
+    unchanged("optim.state-bits")
