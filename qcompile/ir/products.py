@@ -141,6 +141,8 @@ def quantized_linear(
     why = why_no_products(*what) or ("its estimator learns scales" if how.learned else "")
     if why:
         raise QCError("products.scheme", f"no 8-bit products with {scheme}, {act} and {grad}", why=why)
+    if not x.numel():  # no rows have no scales
+        return torch.nn.functional.linear(x.to(dtype), weight.to(dtype))
     rows = x.reshape(-1, x.shape[-1])
     y: Tensor = _QuantizedLinear.apply(rows, weight, *what, how, fit, dtype, *scales)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], weight.shape[0])
@@ -177,12 +179,22 @@ class _QuantizedLinear(torch.autograd.Function):
             dx = dx.to(ctx.types[0])
         if ctx.needs_input_grad[1]:
             q, s = _rows((g * sx).t(), ctx.grad)
-            dw = torch.ops.qcompile.low_bit_mm(q.contiguous(), qx).to(torch.float32) * s
+            dw = _long_product(q.contiguous(), qx) * s
             if not ctx.how.covers(ctx.scheme, ctx.fit):
                 at = estimate(weight, ctx.how, ctx.scheme, scales, len(scales))
                 dw = ctx.how.backward(dw, at)[0]
             dw = dw.to(ctx.types[1])
         return dx, dw, *[None] * (6 + len(scales))
+
+
+def _long_product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` as float32, for sums over all tokens of a step: in pieces, where 32 bits may not hold one."""
+    if a.shape[1] <= LONGEST:
+        whole: Tensor = torch.ops.qcompile.low_bit_mm(a, b).to(torch.float32)
+        return whole
+    pieces = zip(a.split(LONGEST, 1), b.split(LONGEST, 0), strict=True)
+    result: Tensor = sum(torch.ops.qcompile.low_bit_mm(c, d).to(torch.float32) for c, d in pieces)
+    return result
 
 
 def _scale(scales: Sequence[Tensor], scheme: Scheme) -> Tensor:

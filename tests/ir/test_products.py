@@ -200,3 +200,24 @@ def test_schemes_without_such_products(words: str) -> None:
     if schemes[1] is not None:
         with pytest.raises(QCError, match=r"products\.scheme"):
             LINEAR(x, w, [torch.ones(N, 1)], *REFUSED[words], "ste", "minmax", torch.float32)
+
+
+def test_more_tokens_than_one_sum_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of the weight, in pieces of 48 tokens: integers below 2**24, so that all sums are exact."""
+    grads = []
+    for longest in (LONGEST, 48):
+        monkeypatch.setattr("qcompile.ir.products.LONGEST", longest)
+        torch.manual_seed(0)
+        x, w = torch.randn(200, K), torch.randn(N, K, requires_grad=True)
+        LINEAR(x, w, chosen_qparams(w, W, "minmax"), W, A, G, "ste", "minmax", torch.float32).square().sum().backward()
+        grads.append(w.grad)
+    assert torch.equal(*grads)
+
+
+def test_no_tokens() -> None:
+    x, w = torch.randn(0, K, requires_grad=True), torch.randn(N, K, requires_grad=True)
+    y = LINEAR(x, w, chosen_qparams(w, W, "minmax"), W, A, G, "ste", "minmax", torch.float32)
+    y.sum().backward()
+    assert y.shape == (0, N)
+    assert x.grad.shape == x.shape
+    assert torch.equal(w.grad, torch.zeros_like(w))
