@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 
 from qcompile.conversion import module_of, owners_by_weight, rows_of, site_of
 from qcompile.errors import QCError
+from qcompile.ir.codec import refuse_nonfinite
 from qcompile.ir.estimators import estimator_of, why_not_learned
 from qcompile.ir.fit import fitted_qparams
 from qcompile.ir.granularity import PerTensor
@@ -71,8 +72,8 @@ def prepare(
 
     Raises:
         QCError: "train.estimator" for an estimator that learns nothing, "train.scheme" for a scheme whose scales cannot be
-            learned (nothing was changed then), "train.examples" for learned activations without examples, "model.none" for a
-            function.
+            learned (nothing was changed then), "train.examples" for learned activations without examples,
+            "codec.nonfinite-weight" for a weight with a NaN or an infinity, "model.none" for a function.
     """
     rules = Recipe.of(recipe)
     if not activations and not estimator_of(estimator).learned:
@@ -107,6 +108,10 @@ def prepare(
             kept += [(owner.path, "it has learned scales already") for owner in owners]
             continue
         _refuse_unlearned(choice.weight, first.path)
+        try:
+            refuse_nonfinite(rows_of(weight, first))
+        except QCError as error:
+            raise error.at(first.path) from error
         name = choice.estimator if estimator_of(choice.estimator).learned else estimator
         work.append((weight, owners, replace(choice.weight, packing=PACKINGS[0]), choice.fit, name))
     _round_inputs(module_of(model), static, activations, inputs)  # first: it undoes what it did when an example fails
@@ -147,13 +152,18 @@ def _refuse_unlearned(scheme: Scheme, where: str) -> None:
 def _round_inputs(
     model: nn.Module, static: Sequence[tuple[str, nn.Module, Scheme]], activations: str, inputs: Iterable[Any]
 ) -> None:
-    """Give modules an `input_rounding` each, and show them the examples. Nothing is changed where that fails."""
+    """Give modules an `input_rounding` each, and show them the examples, in evaluation mode: no statistics move and nothing is
+    dropped. Nothing is changed where that fails."""
     made: list[tuple[str, nn.Module, RoundedInput]] = []
+    modes = {module: module.training for module in model.modules()}
     try:
         for path, module, act in static:
             rounding = RoundedInput(str(act)).to(next(module.parameters()).device)
             attach_input(module, rounding)
             made.append((path, module, rounding))
+        model.eval()
+        for _, _, rounding in made:
+            rounding.train()  # which is what observes
         with torch.no_grad():
             for example in inputs if made else ():
                 if isinstance(example, Mapping):
@@ -161,7 +171,7 @@ def _round_inputs(
                 else:
                     model(*(example if isinstance(example, tuple | list) else (example,)))
         for path, module, rounding in made:
-            rounding.train(module.training)
+            rounding.train(modes[module])
             if activations != "observed":
                 try:
                     rounding.learn(activations)
@@ -171,3 +181,6 @@ def _round_inputs(
         for _, module, _ in made:
             detach_input(module)
         raise
+    finally:
+        for module, training in modes.items():
+            module.training = training

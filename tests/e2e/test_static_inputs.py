@@ -153,3 +153,15 @@ def test_what_is_no_range_is_not_observed() -> None:
     assert torch.equal(net[0].input_rounding.range, kept)
     assert int(net[0].input_rounding.calls) == 1
     assert torch.equal(net.eval()[0](input=torch.ones(2, 64)), net[0](torch.ones(2, 64)))
+
+
+def test_examples_leave_the_model_as_it_is() -> None:
+    net = nn.Sequential(nn.Linear(64, 96), nn.BatchNorm1d(96), nn.Dropout(0.5), nn.Linear(96, 32))
+    before, drawn = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    net[1].eval()
+    prepare(net, recipe(SIGNED), estimator="ste", activations="observed", inputs=[torch.ones(4, 64)])
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in before.items())
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert [m.training for m in net] == [True, False, True, True]
+    assert net[0].input_rounding.training
+    assert int(net[3].input_rounding.calls) == 1
