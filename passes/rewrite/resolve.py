@@ -130,9 +130,7 @@ def _pinned(ctx: PassContext, site: Site, weight: Weight) -> Choice | None:
     if pin is None:
         return None
     found = ctx.recipe.resolve(replace(site, weight_dtype=str(pin.weight)), packed=pin.weight)
-    return Choice(
-        pin.weight, pin.act, found.rule, TRAINED, pin.fit, estimator=found.estimator, grad=found.grad
-    )  # fmt: skip
+    return replace(found, weight=pin.weight, act=pin.act, reason=TRAINED, fit=pin.fit, min_sqnr=-math.inf)
 
 
 def _linears_of_buffers(graph: fx.Graph, ctx: PassContext) -> dict[int, Site]:
