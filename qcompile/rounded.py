@@ -72,7 +72,8 @@ class RoundedInput(nn.Module):
     def __init__(self, scheme: str, momentum: float = 0.01) -> None:
         super().__init__()
         self.scheme, self.estimator, self.momentum = scheme, "ste", momentum
-        self.register_buffer("range", torch.zeros(2))
+        # Compiled code cannot raise: where nothing was observed, its results are NaN and not some numbers.
+        self.register_buffer("range", torch.full((2,), torch.nan))
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
 
     def learn(self, estimator: str) -> None:
@@ -95,10 +96,10 @@ class RoundedInput(nn.Module):
             return
         with torch.no_grad():
             new = torch.stack(torch.aminmax(x.detach())).to(torch.float32)
-            share = torch.where(self.calls == 0, 1.0, self.momentum)
+            moved = torch.where(self.calls == 0, new, self.range + self.momentum * (new - self.range))
             # An infinity or a NaN, as a step that overflows has, would stay in the average for good.
             finite = new.isfinite().all()
-            self.range.copy_(torch.where(finite, self.range + share * (new - self.range), self.range))
+            self.range.copy_(torch.where(finite, moved, self.range))
             self.calls.add_(finite.to(self.calls.dtype))
 
     def _scales(self, ndim: int) -> list[torch.Tensor]:

@@ -145,6 +145,9 @@ def test_what_is_no_range_is_not_observed() -> None:
     with pytest.raises(QCError) as caught:
         net.eval()(torch.randn(2, 64))
     assert caught.value.code == "train.unobserved"
+    with torch.no_grad(), watching("reference"):
+        assert compiled(net, recipe(SIGNED), policy="memory")(torch.randn(2, 64)).isnan().all()
+    torch._dynamo.reset()
     net.train()(torch.randn(4, 64))
     kept = net[0].input_rounding.range.clone()
     for value in (float("inf"), float("nan")):
