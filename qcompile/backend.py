@@ -206,6 +206,7 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -
         with inductor.dumping(options.dump), numbers:
             compiled = compat.compile_fx(work, values, inner_compile=_post(passes, inner, ctx), config=config)
     if ctx.counter is not None:
+        _keep_compiling()
         compiled = Stepping(compiled, list(ctx.random.values()), ctx.counter)
     position = {name: index for index, name in enumerate(names)}
     inputs_by_name = {item.name: item for item in ctx.packed}
@@ -218,6 +219,20 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -
     if not slots and len(kept) == len(names):
         return compiled
     return FrozenCall(compiled, slots, [position[n.name] for n in kept], STORE)
+
+
+def _keep_compiling() -> None:
+    """An update that Dynamo no longer compiles would be rounded to nearest: however often it is another one, it is compiled."""
+    done = compat.leave_room()
+    if done >= _MANY and done & (done - 1) == 0:
+        warn(
+            f"an update that is rounded stochastically was compiled {done} times, each of which takes seconds. Keep what "
+            "changes from step to step in tensors (`lr` may be a number) and give an optimizer all of its parameters; "
+            "TORCH_LOGS=recompiles tells what was new"
+        )
+
+
+_MANY = 8  # the most often that Dynamo compiles other code
 
 
 def release(ctx: PassContext) -> None:

@@ -54,7 +54,8 @@ def explain(
 
     Raises:
         QCError: what the backend would raise for these inputs; with `strict` also "explain.eager" when contractions ran
-            in eager mode, outside of every graph, which no backend sees; "explain.option" for an option given as a
+            in eager mode, outside of every graph, which no backend sees, and "explain.updates" when the recipe rounds updates
+            stochastically and no graph has any; "explain.option" for an option given as a
             keyword that the model does not take.
     """
     settings = Options.parse(options) if recipe is None else Options.parse(options, recipe=recipe)
@@ -91,6 +92,8 @@ def explain(
             for graph in graphs:
                 graph.forget()
         found = _with_eager_parts(found, breaks, eager, settings.strict)
+        if Recipe.of(settings.recipe).updates == "stochastic" and all(ctx.counter is None for ctx in trace.contexts):
+            found = _with_no_updates(found, settings.strict)
         return replace(found, recipe=name, notes=(*found.notes, *notes))
 
 
@@ -129,6 +132,21 @@ def _with_eager_parts(found: Explanation, breaks: list[str], eager: compat.Eager
         which = ", ".join(eager.uncounted)
         notes.append(f"not counted: {which} ran outside of every graph; if it contracts anything, coverage is less")
     return replace(found, rows=rows, coverage=coverage(rows), notes=tuple(notes))
+
+
+def _with_no_updates(found: Explanation, strict: bool) -> Explanation:
+    """Add that nothing is rounded stochastically though the recipe asks for it, which `strict` refuses."""
+    what = "no graph updates a parameter of 16 bits: nothing is rounded stochastically"
+    if strict:
+        raise QCError(
+            "explain.updates",
+            what,
+            where=f"{found.graphs} graph(s)" if found.graphs else "no graph was compiled",
+            why="; ".join(found.notes) or "the parameters are float32",
+            next="make the optimizer without fused=True; where Dynamo has no graph of a step (LBFGS, Adafactor), take an "
+            "optimizer of qcompile.optim",
+        )
+    return replace(found, notes=(*found.notes, what))
 
 
 def _check_keywords(target: Any, given: Mapping[str, Any]) -> None:

@@ -2,15 +2,15 @@
 
 It knows no optimizer. Every 16-bit tensor that comes into the graph is widened where it is first read, so that the whole update
 is float32, in whatever operations it is written; what the graph writes in place goes back once, after the last write:
-parameters rounded stochastically (`qcompile::rounded`), everything else as torch rounds. `steps` makes single operators of the
-updates later.
+parameters rounded stochastically (`qcompile::rounded`), everything else as torch rounds. Behind its last write a parameter
+is what is stored: whatever reads it there reads the rounded values. `steps` makes single operators of the updates later.
 
 A graph that writes no 16-bit parameter is left as it is: a model's forward, or an update in float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +20,9 @@ from qcompile import compat
 from qcompile.errors import QCError
 from qcompile.ir.stochastic_cast import HALVES
 from qcompile.passes.base import Pass, PassContext
-from qcompile.passes.match import insert, memory_of, op_name, value_of, writes
+from qcompile.passes.match import insert, op_name, value_of, writes
+from qcompile.passes.rewrite.leaves import Leaves
+from qcompile.passes.rewrite.width import asks_for_half, casts_of_nothing, one_width
 from qcompile.runtime.updates import Counter
 
 LEARNING_RATE = "lr"  # what torch's schedules change in a group
@@ -43,7 +45,7 @@ class Updates(Pass):
     name: ClassVar[str] = "updates"
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> None:
-        leaves = _Leaves(gm, ctx)
+        leaves = Leaves(gm, ctx)
         written = leaves.written()
         parameters = _parameters([leaves.real[node] for node in written])
         targets = [node for node in leaves.narrow if node in written and id(leaves.real[node]) in parameters]
@@ -51,13 +53,23 @@ class Updates(Pass):
             if parameters:
                 ctx.plan.notes.append(f"{self.name}: no parameter of 16 bits is updated here, nothing is rounded")
             return
+        for node in casts_of_nothing(gm.graph):
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            gm.graph.erase_node(node)
+            leaves.home.pop(node, None)
         values = [leaves.real[node] for node in targets]
         rows = _supply(gm.graph, ctx, targets, values, Counter(compat.traced_optimizer(values)))
+        _stores(gm.graph, {node for node in leaves.home if leaves.home[node] in rows})
         wide = {node: _widened(gm.graph, node) for node in leaves.narrow if any(u.op != "output" for u in node.users)}
-        _narrow_outputs(gm.graph)
+        for node, stands in wide.items():
+            leaves.stand(stands, node)
+        one_width(gm.graph, wide.values())
         for node in leaves.narrow:
             if node in written and node in wide:
-                _write_back(gm.graph, node, wide[node], written[node], rows.get(node))
+                last = _write_back(gm.graph, node, wide[node], written[node], rows.get(node))
+                if node in rows:
+                    _read_back(gm.graph, node, last, leaves)
+        _narrow_outputs(gm.graph, leaves)
 
 
 def _parameters(written: Sequence[Any]) -> set[int]:
@@ -66,56 +78,6 @@ def _parameters(written: Sequence[Any]) -> set[int]:
     optimizer = compat.traced_optimizer(tensors)
     held = {id(p) for group in (optimizer.param_groups if optimizer else ()) for p in group["params"]}
     return {id(t) for t in tensors if isinstance(t, torch.nn.Parameter) or id(t) in held}
-
-
-class _Leaves:
-    """The tensors that come into a graph: which are in 16 bits, which are real, which are written.
-
-    Attributes:
-        real: parameters, buffers and example inputs, by node; one node for each tensor of the graph module.
-        narrow: those of 16 bits, in order.
-    """
-
-    def __init__(self, gm: fx.GraphModule, ctx: PassContext) -> None:
-        self.graph = gm.graph
-        self.real: dict[fx.Node, Any] = {}
-        known: dict[str, fx.Node] = {}
-        for node in list(gm.graph.nodes):
-            if node.op == "placeholder":
-                self.real[node] = ctx.inputs.get(node.name)
-            elif node.op == "get_attr":
-                first = known.setdefault(str(node.target), node)
-                if first is node:
-                    self.real[node] = _attribute(gm, str(node.target))
-                else:
-                    node.replace_all_uses_with(first)
-                    gm.graph.erase_node(node)
-        self.narrow = [node for node in self.real if getattr(value_of(node), "dtype", None) in HALVES]
-
-    def written(self) -> dict[fx.Node, fx.Node]:
-        """The leaves that the graph writes to, also through views, with the last node that does."""
-        memory = {memory_of(node): node for node in self.real if isinstance(value_of(node), Tensor)}
-        found: dict[fx.Node, fx.Node] = {}
-        for node in self.graph.nodes:
-            for operand in _written(node):
-                leaf = operand if operand in self.real else memory.get(memory_of(operand))
-                if leaf is not None:
-                    found[leaf] = node
-        return found
-
-
-def _attribute(gm: fx.GraphModule, target: str) -> Any:
-    value: Any = gm
-    for name in target.split("."):
-        value = getattr(value, name)
-    return value
-
-
-def _written(node: fx.Node) -> Sequence[fx.Node]:
-    """What a node writes to; `torch._fused_adam_` and its like write to all lists but the gradients, their second."""
-    if op_name(node).startswith("_fused_") and node.op == "call_function":
-        return [n for i, group in enumerate(node.args) if isinstance(group, list | tuple) and i != 1 for n in group]
-    return writes(node)
 
 
 def _supply(
@@ -176,8 +138,43 @@ def _widened(graph: fx.Graph, node: fx.Node) -> fx.Node:
     return wide
 
 
-def _narrow_outputs(graph: fx.Graph) -> None:
-    """Results keep the types that Dynamo promised: state that a first step makes is as wide as the parameter."""
+def _stores(graph: fx.Graph, targets: Set[fx.Node]) -> None:
+    """What is stored in a parameter is not rounded before, and is stored in place: `p.copy_(new.to(p.dtype))` and
+    `p.data = new` leave nothing to be rounded here."""
+    for node in list(graph.nodes):
+        name = op_name(node)
+        if name == "set_" and node.args[0] in targets and len(node.args) == 2:
+            node.op, node.target, name = "call_function", torch.Tensor.copy_, "copy_"
+        if name in ("copy_", "_foreach_copy_") and not targets.isdisjoint(writes(node)):
+            node.args = (node.args[0], fx.map_arg(node.args[1], _uncast), *node.args[2:])
+
+
+def _uncast(node: fx.Node) -> fx.Node:
+    while op_name(node) in ("to", "type", "half", "bfloat16") and asks_for_half(node):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _read_back(graph: fx.Graph, node: fx.Node, copy: fx.Node, leaves: Leaves) -> None:
+    """Behind `copy` the parameter and its views are read as they are stored."""
+    views = [view for view, leaf in leaves.home.items() if leaf is node and view is not node and view < copy]
+    later = {view: [user for user in view.users if user > copy and user.op != "output"] for view in views}
+    if not any(later.values()):
+        return
+    with graph.inserting_before(copy.next):
+        stored = insert(
+            graph, torch.Tensor.to, insert(graph, torch.Tensor.detach, node, like=copy), torch.float32, like=copy
+        )
+        leaves.stand(stored, node)
+        for view, users in later.items():
+            again = leaves.again(view, stored) if users else stored
+            for user in users:
+                user.replace_input_with(view, again)
+
+
+def _narrow_outputs(graph: fx.Graph, leaves: Leaves) -> None:
+    """Results keep the types that Dynamo promised: state that a first step makes is as wide as the parameter, and a view of
+    what came in is one."""
     output = next(node for node in graph.nodes if node.op == "output")
 
     def narrow(node: fx.Node) -> fx.Node:
@@ -185,6 +182,8 @@ def _narrow_outputs(graph: fx.Graph) -> None:
         if node.op in ("placeholder", "get_attr") or getattr(value, "dtype", None) not in HALVES:
             return node
         with graph.inserting_before(output):
+            if node in leaves.home:
+                return leaves.again(node, leaves.home[node])
             return insert(graph, torch.Tensor.to, node, value.dtype, like=node)
 
     output.args = fx.map_arg(output.args, narrow)
@@ -192,11 +191,10 @@ def _narrow_outputs(graph: fx.Graph) -> None:
 
 def _write_back(
     graph: fx.Graph, node: fx.Node, wide: fx.Node, last: fx.Node, random: tuple[fx.Node, int] | None
-) -> None:
+) -> fx.Node:
     """`node.copy_(wide)` after the last write: there autograd is off if it has to be."""
-    value = wide
     with graph.inserting_after(last):
-        copy = graph.call_method("copy_", (node, value))
+        copy = graph.call_method("copy_", (node, wide))
     copy.meta = {**last.meta, "example_value": value_of(node)}
     if random is not None:
         with graph.inserting_before(copy):
@@ -204,6 +202,7 @@ def _write_back(
                 graph, torch.ops.qcompile.rounded.default, wide, random[0], random[1], value_of(node).dtype, like=last
             )
         copy.args = (node, made)
+    return copy
 
 
 __all__ = ["Updates", "learning_rates_as_inputs", "listed"]

@@ -53,6 +53,19 @@ def unlimited_recompiles() -> AbstractContextManager[object]:
     return cast("AbstractContextManager[object]", config.patch(recompile_limit=many, accumulated_recompile_limit=many))
 
 
+def leave_room() -> int:
+    """Let Dynamo compile the frame that it compiles now at least once more, for good: it stops at `recompile_limit`, and the
+    code then runs as it was written. Returns how often it was compiled before."""
+    from torch._dynamo import config
+    from torch._guards import CompileContext
+
+    current = CompileContext.current_compile_id()
+    done = 0 if current is None or current.frame_compile_id is None else current.frame_compile_id
+    for name in ("recompile_limit", "accumulated_recompile_limit"):
+        setattr(config, name, max(getattr(config, name), done + 2))
+    return done
+
+
 def graph_mode(graph: fx.Graph) -> Any:
     """The fake-tensor mode that the graph's example values live in (not the one a compile runs in), or
     None."""
@@ -159,6 +172,7 @@ def trace_again_with_numbers(key: str) -> None:
     for entry in fixed:
         entry.scalar = pgo.auto_dynamic
     if fixed:
+        frame.speculation_log.clear()  # with numbers for constants another path may be traced
         raise TensorifyScalarRestartAnalysis(restart_reason=f"{key} may change")
 
 
