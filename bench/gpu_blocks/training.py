@@ -1,10 +1,10 @@
 """Training steps of a decoder in Llama's shapes: products of 8-bit codes, and roundings, against compiled bf16.
 
 A step is forward, backward and torch's fused AdamW. One engine at a time is on the device. What an engine computes is checked
-on one layer first, against the plain-torch meaning of its graph. Kernels sum in another order: with rounded weights that may
-move gradients by a tenth of what the rounding does. Where activations are rounded too, a last bit sends some of them to the
-neighbouring level and those more in later products, so the two may be apart by as much as rounding costs. In both cases
-that cost is the same within a tenth.
+on one layer first, against the plain-torch meaning of its graph. With rounded weights both are float32 sums of the same
+numbers in another order, as are a compiled float step and a plain one: they may be apart by four times what those are. Where
+activations are rounded too, a last bit sends some of them to the neighbouring level and those more in later products; but
+errors of roundings that have nothing to do with each other are at right angles, and these have to be within 60 degrees.
 """
 
 from __future__ import annotations
@@ -114,15 +114,18 @@ def _verify(session: Session, config: dict[str, Any]) -> None:
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
     exact, found = gradients(lambda model: model), gradients(lambda model: _compiled(model, engine))
+    order = (gradients(lambda model: _compiled(model, BF16)) - exact).norm().clamp_min(2.0**-24 * exact.norm())
     with watching("reference"):
         want = gradients(lambda model: _compiled(model, engine))
-    noise, expected = found - exact, want - exact
-    moved = float((noise - expected).norm() / expected.norm())
-    cost = float(noise.norm() / expected.norm())
+    ours, expected = found - exact, want - exact
+    moved, cosine = float((found - want).norm() / order), float(ours @ expected / (ours.norm() * expected.norm()))
     rounding = float(expected.norm() / exact.norm())
-    ok = moved <= (0.1 if engine in WEIGHTS_ONLY else 1) and 0.9 <= cost <= 1.1
-    session.say(f"    {engine}: rounding moves gradients by {rounding:.3f}; kernels by {moved:.4f} of that")
-    session.record(config, {"rounding": rounding, "moved": moved, "cost": cost}, ok=ok)
+    ok = moved <= 4 if engine in WEIGHTS_ONLY else cosine >= 0.5
+    session.say(
+        f"    {engine}: rounding moves gradients by {rounding:.3f}; kernels by {moved:.2f} x another order of float sums, "
+        f"cosine {cosine:.3f}"
+    )
+    session.record(config, {"rounding": rounding, "moved": moved, "cosine": cosine}, ok=ok)
 
 
 def _measure(session: Session, config: dict[str, Any]) -> None:
