@@ -49,7 +49,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
 
     Raises:
         QCError: "optim.state-bits", "optim.rounding", "optim.dtype", "optim.capturable", "optim.differentiable";
-            "optim.weights" for scales of a weight in few bits without its codes.
+            "optim.weights" for codes or scales of a weight in few bits without each other.
     """
 
     moments: ClassVar[tuple[Moment, ...]]
@@ -91,17 +91,22 @@ class LowBitOptimizer(torch.optim.Optimizer):
             raise
 
     def _pairs(self) -> None:
-        """Refuse scales without their codes: what a loop over `p.requires_grad` finds of a weight in few bits."""
+        """Refuse codes and scales without each other; a loop over `p.requires_grad` finds scales alone."""
         params = [p for group in self.param_groups for p in group["params"]]
-        held = {id(p.scales) for p in params if isinstance(p, Codes)}
+        ids, held = {id(p) for p in params}, {id(p.scales) for p in params if isinstance(p, Codes)}
         for p in params:
-            if isinstance(p, Scales) and p.requires_grad and id(p) not in held:
-                raise QCError(
-                    "optim.weights",
-                    f"scales {list(p.shape)} of a weight in few bits came without its codes: it would not be trained",
-                    why="codes are integers, whose requires_grad is False",
-                    next="give parameters() as they are; requires_grad_(False) freezes such weights there",
-                )
+            if isinstance(p, Codes) and id(p.scales) not in ids:
+                alone, other = "codes", "scales"
+            elif isinstance(p, Scales) and p.requires_grad and id(p) not in held:
+                alone, other = "scales", "codes"
+            else:
+                continue
+            raise QCError(
+                "optim.weights",
+                f"{alone} {list(p.shape)} of a weight in few bits came without its {other}",
+                why="a step writes both; codes are integers, whose requires_grad is False",
+                next="give parameters() as they are; requires_grad_(False) freezes such weights there",
+            )
 
     def _check(self, group: Group) -> None:
         check_bits(group["state_bits"], [moment.key for moment in self.moments])
@@ -158,8 +163,14 @@ class LowBitOptimizer(torch.optim.Optimizer):
             rule = self.rule(group)
             for p in group["params"]:
                 number += 1
-                if p.grad is not None and not isinstance(p, Scales):  # replicas give scales a gradient of zeros
-                    storages = self._storages(group, rule, p, check)
+                if p.grad is None:
+                    continue
+                storages = self._storages(group, rule, p, check)
+                if isinstance(
+                    p, Scales
+                ):  # zeros: of replicas, or of distributed checkpoints, which want state to read into
+                    self._begin(group, p, storages)
+                else:
                     work.append(_Work(group, rule, p, number, _gradient(p, p.grad), storages))
         self._bits = bits
         calls: dict[tuple[str, torch.device], _Call] = {}
@@ -170,7 +181,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
 
     def _storages(self, group: Group, rule: Rule, p: Tensor, check: bool) -> dict[Moment, Storage]:
         """How each moment of a parameter is stored; `check` that its state, if it has some, is so."""
-        layout, state = layout_of(p), self.state.get(p, {})
+        layout, state = layout_of(p), self.state.get(_keeper(p), {})
         storages = {moment: storage_of(layout, moment, group["state_bits"]) for moment in rule.moments}
         for moment, storage in storages.items() if check else ():
             if any(key in state for key in (moment.key, f"{moment.key}_codes")):
@@ -184,15 +195,21 @@ class LowBitOptimizer(torch.optim.Optimizer):
                     )
         return storages
 
-    def _add(self, calls: dict[tuple[str, torch.device], _Call], work: _Work) -> None:
-        """Put a parameter's step into the call of its spec."""
-        p, layout, state = work.p, layout_of(work.p), self.state[work.p]
+    def _begin(self, group: Group, p: Tensor, storages: dict[Moment, Storage]) -> dict[str, Any]:
+        """The state of a parameter; what it does not have yet is made."""
+        layout = layout_of(p)
+        state: dict[str, Any] = self.state[_keeper(p)]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
-        for moment, storage in work.storages.items():
+        for moment, storage in storages.items():
             if not any(key in state for key in (moment.key, f"{moment.key}_codes")):
-                _tell(layout, moment, storage, work.group["state_bits"])
+                _tell(layout, moment, storage, group["state_bits"])
                 state.update(new_state(moment, storage, layout, p.device))
+        return state
+
+    def _add(self, calls: dict[tuple[str, torch.device], _Call], work: _Work) -> None:
+        """Put a parameter's step into the call of its spec."""
+        p, state = work.p, self._begin(work.group, work.p, work.storages)
         state["step"] += 1
         step = int(state["step"])
         parts, written = _written(p, work.group["rounding"] == "stochastic")
@@ -202,7 +219,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
         numbers = self.numbers(work.group, step)
         call = calls.setdefault((spec, parts[0].device), _Call(written.stochastic))
         row = [numbers[name] for name in work.rule.hyper]
-        call.add(parts, work.grad, row, (work.group["seed"], step, work.number, layout.offset))
+        call.add(parts, work.grad, row, (work.group["seed"], step, work.number, layout_of(p).offset))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over state: of this class, or of the optimizer of `torch.optim` that has its name.
@@ -293,6 +310,11 @@ class _Call:
         torch.ops.qcompile.step_(self.state, self.inputs, hyper[0] if len(rows) == 1 else hyper, random, spec)
         for t, whole in self.back:
             t.copy_(whole)
+
+
+def _keeper(p: Tensor) -> Tensor:
+    """The parameter whose state that of `p` is."""
+    return p.scales if isinstance(p, Codes) else p
 
 
 def _written(p: Tensor, stochastic: bool) -> tuple[list[Tensor], Storage]:

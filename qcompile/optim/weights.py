@@ -33,7 +33,15 @@ from qcompile.optim.replicas import average_later, syncing
 
 
 class Scales(nn.Parameter):
-    """The scales of a weight, float32. They get no gradient; `requires_grad` says whether the weight is trained."""
+    """The scales of a weight, float32. They get no gradient; `requires_grad` says whether the weight is trained.
+
+    An optimizer's state of the weight is that of its scales: distributed checkpoints keep state of what requires a gradient.
+
+    Attributes:
+        low_bit: what makes a weight of the codes beside them.
+    """
+
+    low_bit: LowBitWeight
 
 
 class Codes(nn.Parameter):
@@ -155,7 +163,8 @@ class _Originals(parametrize.ParametrizationList):
         """Make parameters codes and scales that know each other."""
         codes, scales = self.original0, self.original1
         codes.__class__, scales.__class__ = Codes, Scales
-        codes.low_bit, codes.scales = self[0], scales  # type: ignore[assignment]
+        codes.low_bit = scales.low_bit = self[0]  # type: ignore[assignment]
+        codes.scales = scales
         compat.hold_any_gradient(codes)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Originals:

@@ -175,6 +175,8 @@ def test_scales_do_not_come_alone() -> None:
     with pytest.raises(QCError, match=r"optim\.weights"):
         optimizer.add_param_group({"params": [codes_of(model())[0].scales]})
     assert len(optimizer.param_groups) == 2
+    with pytest.raises(QCError, match=r"optim\.weights"):
+        optim.AdamW(codes_of(net))
     optim.AdamW([p for p in net.requires_grad_(False).parameters() if p.is_floating_point()])
 
 
@@ -200,6 +202,25 @@ def test_assigned_and_copied() -> None:
     twin = copy.deepcopy(net)
     assert trains(twin)
     assert all(torch.equal(t, saved[name]) for name, t in net.state_dict().items())
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+@pytest.mark.parametrize("steps", [0, 2])
+def test_distributed_checkpoints_keep_state(steps: int) -> None:
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    net, again = model(), model()
+    one, two = optim.AdamW(net.parameters()), optim.AdamW(again.parameters())
+    for of in range(steps):
+        backward(net, of)
+        one.step()
+        one.zero_grad()
+    again.load_state_dict(net.state_dict())
+    set_optimizer_state_dict(again, two, copy.deepcopy(get_optimizer_state_dict(net, one)))
+    for some, optimizer in ((net, one), (again, two)):
+        backward(some, 9)
+        optimizer.step()
+    assert all(map(torch.equal, net.state_dict().values(), again.state_dict().values()))
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -87,7 +87,7 @@ def test_steps_arrive_on_average() -> None:
             layer.weight[:, 0] = 127.0  # which has no gradient: the scale of each block stays 1
         low_bit_weights(layer)
         codes = layer.parametrizations.weight.original0
-        optimizer = optim.SGD([codes], lr=0.004, rounding=rounding)
+        optimizer = optim.SGD([codes, codes.scales], lr=0.004, rounding=rounding)
         before = layer.weight.detach()[:, 1:].clone()
         for _ in range(100):
             codes.grad = -torch.ones(80, 256)
