@@ -45,6 +45,7 @@ from qcompile.compat.dynamo import (
     without_levels,
 )
 from qcompile.compat.flops import EagerFlops
+from qcompile.compat.gradients import after_backward, backward_pass, hold_any_gradient, joins, replicated_by
 from qcompile.compat.inductor import (
     Fingerprint,
     compile_fx,
@@ -102,7 +103,9 @@ __all__ = [
     "Fingerprint",
     "Gpu",
     "add_placeholder",
+    "after_backward",
     "architecture",
+    "backward_pass",
     "capturing",
     "checkpoint_of",
     "chosen_once",
@@ -130,6 +133,7 @@ __all__ = [
     "framed",
     "gpu",
     "graph_mode",
+    "hold_any_gradient",
     "inductor_cache_dir",
     "inductor_lowerings",
     "inductor_modes",
@@ -138,6 +142,7 @@ __all__ = [
     "inner_compile",
     "is_fake",
     "is_selective",
+    "joins",
     "leave_room",
     "load_cpp_kernel",
     "load_operator",
@@ -153,6 +158,7 @@ __all__ = [
     "profiling",
     "register_fallback",
     "register_lowering",
+    "replicated_by",
     "report_strides",
     "row_stride",
     "rows_with_one_stride",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, overload
 
 import torch
@@ -21,10 +21,14 @@ from qcompile.optim.checkpoint import Saved, export, restored
 from qcompile.optim.layout import NAMES, Bits, Layout, check_bits, layout_of, local_of, storage_of
 from qcompile.optim.rules import Group, Moment, Rule
 from qcompile.optim.tensors import new_state, state_parts
-from qcompile.optim.weights import low_bit_of, scales_of
+from qcompile.optim.weights import Codes, Scales
 
 ROUNDINGS = ("stochastic", "nearest")
-OWN = ("state_bits", "rounding")  # what a checkpoint does not change
+UNABLE = {
+    "capturable": "a step counts in Python, so that a captured graph would repeat one step's numbers and random bits",
+    "differentiable": "codes have no derivative, and parameters are written in place",
+}
+OWN = ("state_bits", "rounding", *UNABLE)  # what a checkpoint does not change
 
 
 class LowBitOptimizer(torch.optim.Optimizer):
@@ -39,10 +43,13 @@ class LowBitOptimizer(torch.optim.Optimizer):
         state_bits: 8, 4 or 32, or a storage for each key. State of fewer than 4096 elements is float32.
         rounding: how bfloat16 and float16 parameters are written, "stochastic" or "nearest".
         seed: of the random bits. They depend on it, on the step, on the number of the parameter (counted over all groups) and
-            on the element's place in the parameter, and on nothing else.
+            on the element's place in the parameter, and on nothing else. So two optimizers of one seed, over two halves of a
+            model, draw the same bits for their parameters of one number. Each element's rounding is unbiased all the same; what
+            grows is the variance of sums over both, up to twice that of independent bits. Give them different seeds.
 
     Raises:
-        QCError: "optim.state-bits", "optim.rounding", "optim.dtype".
+        QCError: "optim.state-bits", "optim.rounding", "optim.dtype", "optim.capturable", "optim.differentiable";
+            "optim.weights" for codes or scales of a weight in few bits without each other.
     """
 
     moments: ClassVar[tuple[Moment, ...]]
@@ -68,6 +75,8 @@ class LowBitOptimizer(torch.optim.Optimizer):
     ) -> None:
         bits = dict(state_bits) if isinstance(state_bits, Mapping) else state_bits
         super().__init__(params, {**defaults, "state_bits": bits, "rounding": rounding, "seed": seed})
+        self._pairs()
+        self._made = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer.add_param_group`, with what this package cannot do refused."""
@@ -75,9 +84,29 @@ class LowBitOptimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             self._check(group)
+            if "_made" in self.__dict__:  # else more groups may come
+                self._pairs()
         except Exception:
             self.param_groups.pop()
             raise
+
+    def _pairs(self) -> None:
+        """Refuse codes and scales without each other; a loop over `p.requires_grad` finds scales alone."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        ids, held = {id(p) for p in params}, {id(p.scales) for p in params if isinstance(p, Codes)}
+        for p in params:
+            if isinstance(p, Codes) and id(p.scales) not in ids:
+                alone, other = "codes", "scales"
+            elif isinstance(p, Scales) and p.requires_grad and id(p) not in held:
+                alone, other = "scales", "codes"
+            else:
+                continue
+            raise QCError(
+                "optim.weights",
+                f"{alone} {list(p.shape)} of a weight in few bits came without its {other}",
+                why="a step writes both; codes are integers, whose requires_grad is False",
+                next="give parameters() as they are; requires_grad_(False) freezes such weights there",
+            )
 
     def _check(self, group: Group) -> None:
         check_bits(group["state_bits"], [moment.key for moment in self.moments])
@@ -85,14 +114,22 @@ class LowBitOptimizer(torch.optim.Optimizer):
             raise QCError(
                 "optim.rounding", f"rounding cannot be {group['rounding']!r}", next="use stochastic or nearest"
             )
+        for option in UNABLE:
+            if group.get(option):
+                raise QCError(
+                    f"optim.{option}",
+                    f"{option}=True is not possible",
+                    why=UNABLE[option],
+                    next=f"leave {option} out, or use torch.optim",
+                )
         for p in group["params"]:
-            if p.dtype not in NAMES and low_bit_of(p) is None:
+            if p.dtype not in NAMES and not isinstance(p, Codes):
                 raise QCError(
                     "optim.dtype",
                     f"a parameter of {p.dtype} has no step",
                     why="arithmetic is float32",
                     next="use torch.float32, torch.bfloat16 or torch.float16, or torch.optim for this parameter; "
-                    "codes that low_bit_weights made belong to the module that it made them in, and not to a copy",
+                    "codes that low_bit_weights made are stepped as the parameters of their module, and not sharded",
                 )
 
     @overload
@@ -119,25 +156,32 @@ class LowBitOptimizer(torch.optim.Optimizer):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _advance(self) -> None:
-        number, work = -1, []
+        number, work = -1, list[_Work]()
         bits = [group["state_bits"] for group in self.param_groups]
         check = self.__dict__.get("_bits") != bits  # those of the last step; torch pickles no attribute
         for group in self.param_groups:
             rule = self.rule(group)
             for p in group["params"]:
                 number += 1
-                if gradient_of(p) is not None:  # all of them are looked at before any is stepped
-                    work.append((group, rule, p, number, _gradient(p), self._storages(group, rule, p, check)))
+                if p.grad is None:
+                    continue
+                storages = self._storages(group, rule, p, check)
+                if isinstance(
+                    p, Scales
+                ):  # zeros: of replicas, or of distributed checkpoints, which want state to read into
+                    self._begin(group, p, storages)
+                else:
+                    work.append(_Work(group, rule, p, number, _gradient(p, p.grad), storages))
         self._bits = bits
         calls: dict[tuple[str, torch.device], _Call] = {}
-        for item in work:
-            self._add(calls, *item)
+        for item in work:  # once all of them were looked at
+            self._add(calls, item)
         for (text, _), call in calls.items():
             call.run(text)
 
     def _storages(self, group: Group, rule: Rule, p: Tensor, check: bool) -> dict[Moment, Storage]:
         """How each moment of a parameter is stored; `check` that its state, if it has some, is so."""
-        layout, state = layout_of(p), self.state.get(p, {})
+        layout, state = layout_of(p), self.state.get(_keeper(p), {})
         storages = {moment: storage_of(layout, moment, group["state_bits"]) for moment in rule.moments}
         for moment, storage in storages.items() if check else ():
             if any(key in state for key in (moment.key, f"{moment.key}_codes")):
@@ -151,39 +195,31 @@ class LowBitOptimizer(torch.optim.Optimizer):
                     )
         return storages
 
-    def _add(
-        self,
-        calls: dict[tuple[str, torch.device], _Call],
-        group: Group,
-        rule: Rule,
-        p: Tensor,
-        number: int,
-        grad: Tensor,
-        storages: dict[Moment, Storage],
-    ) -> None:
-        layout, state = layout_of(p), self.state[p]
+    def _begin(self, group: Group, p: Tensor, storages: dict[Moment, Storage]) -> dict[str, Any]:
+        """The state of a parameter; what it does not have yet is made."""
+        layout = layout_of(p)
+        state: dict[str, Any] = self.state[_keeper(p)]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
         for moment, storage in storages.items():
             if not any(key in state for key in (moment.key, f"{moment.key}_codes")):
                 _tell(layout, moment, storage, group["state_bits"])
                 state.update(new_state(moment, storage, layout, p.device))
+        return state
+
+    def _add(self, calls: dict[tuple[str, torch.device], _Call], work: _Work) -> None:
+        """Put a parameter's step into the call of its spec."""
+        p, state = work.p, self._begin(work.group, work.p, work.storages)
         state["step"] += 1
         step = int(state["step"])
-        parts, written = _written(p, group["rounding"] == "stochastic")
-        spec = rule.spec(written, Storage(NAMES[grad.dtype]), tuple(storages.values()))
-        for moment, storage in storages.items():
+        parts, written = _written(p, work.group["rounding"] == "stochastic")
+        spec = work.rule.spec(written, Storage(NAMES[work.grad.dtype]), tuple(work.storages.values()))
+        for moment, storage in work.storages.items():
             parts += map(local_of, state_parts(state, moment, storage))
-        numbers = self.numbers(group, step)
+        numbers = self.numbers(work.group, step)
         call = calls.setdefault((spec, parts[0].device), _Call(written.stochastic))
-        call.add(parts, grad, [numbers[name] for name in rule.hyper], (group["seed"], step, number, layout.offset))
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients, those of weights in few bits too."""
-        super().zero_grad(set_to_none)
-        for group in self.param_groups:
-            for weight in filter(None, map(low_bit_of, group["params"])):
-                weight.grad = None
+        row = [numbers[name] for name in work.rule.hyper]
+        call.add(parts, work.grad, row, (work.group["seed"], step, work.number, layout_of(p).offset))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over state: of this class, or of the optimizer of `torch.optim` that has its name.
@@ -197,7 +233,8 @@ class LowBitOptimizer(torch.optim.Optimizer):
         saved = state_dict["param_groups"]
         home = {index: group.get("state_bits", 32) for group in saved for index in group["params"]}
         groups = [
-            {**group, **{key: mine[key] for key in OWN}} for group, mine in zip(saved, self.param_groups, strict=False)
+            {**group, **{key: mine[key] for key in OWN if key in mine}}
+            for group, mine in zip(saved, self.param_groups, strict=False)
         ]
         # torch would cast codes and scales to the parameter's type: what is no tensor and no container it leaves alone.
         state = {index: Saved(values, home.get(index, 32)) for index, values in state_dict["state"].items()}
@@ -225,6 +262,23 @@ class LowBitOptimizer(torch.optim.Optimizer):
     def _stock(self, state: dict[str, Any]) -> dict[str, Any]:
         """What the optimizer of torch keeps of a parameter, of what this one does."""
         return state
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The step of one parameter.
+
+    Attributes:
+        number: of the parameter, counted over all groups. grad: of the part of it that is here.
+        storages: of its moments, in the order of the rule.
+    """
+
+    group: Group
+    rule: Rule
+    p: Tensor
+    number: int
+    grad: Tensor
+    storages: dict[Moment, Storage]
 
 
 class _Call:
@@ -258,23 +312,20 @@ class _Call:
             t.copy_(whole)
 
 
+def _keeper(p: Tensor) -> Tensor:
+    """The parameter whose state that of `p` is."""
+    return p.scales if isinstance(p, Codes) else p
+
+
 def _written(p: Tensor, stochastic: bool) -> tuple[list[Tensor], Storage]:
     """The tensors of a parameter here, and how a step writes them."""
-    weight = low_bit_of(p)
-    if weight is not None:
-        return [p, scales_of(p)], replace(weight.storage, stochastic=stochastic)
+    if isinstance(p, Codes):
+        return [p, p.scales], replace(p.low_bit.storage, stochastic=stochastic)
     return [local_of(p)], Storage(NAMES[p.dtype], 0, stochastic and p.dtype != torch.float32)
 
 
-def gradient_of(p: Tensor) -> Tensor | None:
-    """The gradient of a parameter, or of the weight that its codes are."""
-    weight = low_bit_of(p)
-    return p.grad if weight is None else weight.grad
-
-
-def _gradient(p: Tensor) -> Tensor:
-    grad = gradient_of(p)
-    assert grad is not None
+def _gradient(p: Tensor, grad: Tensor) -> Tensor:
+    """The part of a gradient that is here. Raises `QCError` ("optim.grad", "optim.sharding")."""
     if grad.layout != torch.strided or grad.dtype not in NAMES:
         raise QCError(
             "optim.grad",

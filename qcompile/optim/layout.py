@@ -105,8 +105,8 @@ def local_of(t: Tensor) -> Tensor:
 
 def layout_of(p: Tensor) -> Layout:
     """The layout of a parameter. Raises `QCError` ("optim.sharding") for one that holds partial sums."""
-    if (weight := getattr(p, "qcompile_weight", None)) is not None:  # codes, see weights.py
-        whole: Layout = weight[0].layout
+    if (low_bit := getattr(p, "low_bit", None)) is not None:  # codes or scales, see weights.py
+        whole: Layout = low_bit.layout
         return whole
     placements = tuple(getattr(p, "placements", ()))
     if not placements:

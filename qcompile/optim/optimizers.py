@@ -30,8 +30,9 @@ class Adam(LowBitOptimizer):
     """`torch.optim.Adam` with moments in 8 or 4 bits.
 
     Args:
-        params, lr, betas, eps, weight_decay, amsgrad, maximize: as there.
-        foreach, fused: taken and not needed: there is one call for all parameters of a kind.
+        params, lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: as there.
+        foreach, fused: accepted, and change nothing: a step is always one fused call for all parameters of a kind.
+        capturable, differentiable: must be False.
         state_bits, rounding, seed: see `LowBitOptimizer`.
 
     Raises:
@@ -41,7 +42,6 @@ class Adam(LowBitOptimizer):
     rule = staticmethod(adam)
     numbers = staticmethod(adam_numbers)
     moments = (FIRST, SECOND, LARGEST)
-    _decoupled = False
 
     def __init__(
         self,
@@ -54,7 +54,10 @@ class Adam(LowBitOptimizer):
         *,
         foreach: bool | None = None,
         maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
         fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
         state_bits: int | Mapping[str, str] = 8,
         rounding: str = "stochastic",
         seed: int = 0,
@@ -67,7 +70,8 @@ class Adam(LowBitOptimizer):
             "amsgrad": amsgrad,
         }
         defaults |= {"maximize": maximize, "foreach": foreach, "fused": fused}
-        defaults |= {"decoupled_weight_decay": self._decoupled}
+        defaults |= {"capturable": capturable, "differentiable": differentiable}
+        defaults |= {"decoupled_weight_decay": decoupled_weight_decay}
         super().__init__(params, defaults, state_bits=state_bits, rounding=rounding, seed=seed)
 
     def _check(self, group: Group) -> None:
@@ -77,16 +81,9 @@ class Adam(LowBitOptimizer):
         for i, beta in enumerate(group["betas"]):
             check_number(f"betas[{i}]", beta, 0.0, 1.0)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            group["decoupled_weight_decay"] = self._decoupled
-
 
 class AdamW(Adam):
     """`torch.optim.AdamW` with moments in 8 or 4 bits: Adam, whose weight decay does not pass through the moments."""
-
-    _decoupled = True
 
     def __init__(
         self,
@@ -99,6 +96,8 @@ class AdamW(Adam):
         *,
         maximize: bool = False,
         foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         fused: bool | None = None,
         state_bits: int | Mapping[str, str] = 8,
         rounding: str = "stochastic",
@@ -113,11 +112,19 @@ class AdamW(Adam):
             amsgrad,
             foreach=foreach,
             maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
             fused=fused,
+            decoupled_weight_decay=True,
             state_bits=state_bits,
             rounding=rounding,
             seed=seed,
         )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group["decoupled_weight_decay"] = True  # whatever the checkpoint is of, as in torch
 
 
 class SGD(LowBitOptimizer):
@@ -125,7 +132,8 @@ class SGD(LowBitOptimizer):
 
     Args:
         params, lr, momentum, dampening, weight_decay, nesterov, maximize: as there.
-        foreach, fused: taken and not needed.
+        foreach, fused: accepted, and change nothing: a step is always one fused call for all parameters of a kind.
+        differentiable: must be False.
         state_bits, rounding, seed: see `LowBitOptimizer`.
 
     Raises:
@@ -147,6 +155,7 @@ class SGD(LowBitOptimizer):
         *,
         maximize: bool = False,
         foreach: bool | None = None,
+        differentiable: bool = False,
         fused: bool | None = None,
         state_bits: int | Mapping[str, str] = 8,
         rounding: str = "stochastic",
@@ -159,6 +168,7 @@ class SGD(LowBitOptimizer):
             "weight_decay": weight_decay,
         }
         defaults |= {"nesterov": nesterov, "maximize": maximize, "foreach": foreach, "fused": fused}
+        defaults["differentiable"] = differentiable
         super().__init__(params, defaults, state_bits=state_bits, rounding=rounding, seed=seed)
 
     def _check(self, group: Group) -> None:

@@ -15,6 +15,7 @@ STOCK: dict[str, tuple[str, dict[str, Any]]] = {
     "adamw-plain": ("AdamW", {"lr": 1e-2, "weight_decay": 0.0, "eps": 1e-6, "betas": (0.8, 0.95)}),
     "adamw-far": ("AdamW", {"lr": 1e-2, "betas": (0.1, 0.9)}),  # Tensor.lerp computes from the other end
     "adam": ("Adam", {"lr": 1e-2, "weight_decay": 0.1}),
+    "adam-decoupled": ("Adam", {"lr": 1e-2, "weight_decay": 0.1, "decoupled_weight_decay": True}),
     "adam-max": ("Adam", {"lr": 1e-2, "amsgrad": True, "maximize": True}),
     "adam-none": ("Adam", {"lr": 1e-2, "betas": (0.0, 0.999)}),
     "sgd": ("SGD", {"lr": 0.1}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from typing import Any
 
@@ -235,6 +236,8 @@ def test_storages_by_name() -> None:
         ({"betas": (-0.1, 0.9)}, "optim.value"),
         ({"eps": math.nan}, "optim.value"),
         ({"weight_decay": -1}, "optim.value"),
+        ({"capturable": True}, "optim.capturable"),
+        ({"differentiable": True}, "optim.differentiable"),
     ],
 )
 def test_settings_that_are_refused(settings: dict[str, Any], code: str) -> None:
@@ -251,6 +254,67 @@ def test_settings_that_are_refused(settings: dict[str, Any], code: str) -> None:
         optim.SGD(parameters(), nesterov=True)
     with pytest.raises(QCError, match=r"optim\.value"):
         optim.Lion(parameters(), betas=(0.9, 2.0))
+    with pytest.raises(QCError, match=r"optim\.differentiable"):
+        optim.SGD(parameters(), differentiable=True)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Adam", "SGD"])
+def test_arguments_are_those_of_torch(name: str) -> None:
+    """By name, order and default; those that say how torch computes change nothing."""
+    theirs = inspect.signature(getattr(torch.optim, name)).parameters
+    mine = inspect.signature(getattr(optim, name)).parameters
+    assert theirs.keys() == mine.keys() - {"state_bits", "rounding", "seed"}
+    positional = [key for key, p in theirs.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert list(mine)[: len(positional)] == positional
+    assert all(mine[key].default == p.default and mine[key].kind == p.kind for key, p in theirs.items())
+    results = []
+    for some in ({}, {"foreach": True}, {"fused": True}, {"foreach": False, "fused": False}):
+        params = parameters(torch.bfloat16)
+        train(getattr(optim, name)(params, **some), params, range(2))
+        results.append(params)
+    assert all(torch.equal(p, q) for other in results[1:] for p, q in zip(results[0], other, strict=True))
+
+
+@every
+def test_maximize_steps_against_the_negated_gradient(name: str) -> None:
+    results = []
+    for maximize in (False, True):
+        params = parameters()
+        optimizer = ours(name, params, maximize=maximize)
+        for of in range(3):
+            gradients(params, of)
+            for p in params:
+                p.grad = -p.grad if maximize else p.grad
+            optimizer.step()
+        results.append(params)
+    assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
+
+
+def test_a_checkpoint_does_not_ask_for_what_cannot_be() -> None:
+    """`capturable` of a saved group is how the other optimizer computed, and not part of what it found."""
+    p = torch.nn.Parameter(torch.ones(5))
+    p.grad = torch.ones(5)
+    theirs = torch.optim.AdamW([p])
+    theirs.step()
+    saved = theirs.state_dict()
+    saved["param_groups"][0]["capturable"] = True
+    optimizer = optim.AdamW([p])
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["capturable"] is False
+    optimizer.step()
+    assert int(optimizer.state[p]["step"]) == 2
+
+
+def test_optimizers_of_one_seed_draw_the_same_bits() -> None:
+    """Parameter i of each rounds as parameter i of the other, unless their seeds differ."""
+    moved = []
+    for seed in (0, 0, 1):
+        p = torch.nn.Parameter(torch.ones(5000, dtype=torch.bfloat16))
+        p.grad = torch.ones_like(p)
+        optim.SGD([p], lr=2.0**-9, seed=seed).step()
+        moved.append(p.detach())
+    assert torch.equal(moved[0], moved[1])
+    assert not torch.equal(moved[0], moved[2])
 
 
 def test_tensors_that_are_refused() -> None:

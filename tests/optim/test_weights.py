@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensor
 from qcompile import optim
 from qcompile.errors import QCError
 from qcompile.ir.state import Storage
-from qcompile.optim.weights import low_bit_of, low_bit_weights, scales_of
+from qcompile.optim.weights import low_bit_weights
 
 
 def model() -> nn.Sequential:
@@ -50,23 +50,23 @@ def test_no_float_tensor_of_a_weight_stays() -> None:
     assert not alive
     codes = net[0].parametrizations.weight.original0
     assert (codes.dtype, codes.shape) == (torch.uint8, (320, 64))
-    assert scales_of(codes).shape == (320, 1)
+    assert codes.scales.shape == (320, 1)
 
 
 def test_the_forward_pass_sees_the_codes() -> None:
     net, was = model(), model()
     low_bit_weights(net)
     decode, codes = net[2].parametrizations.weight[0], net[2].parametrizations.weight.original0
-    assert low_bit_of(codes) is decode
+    assert codes.low_bit is decode
     assert decode.storage == Storage("int8", 64)  # 320 is five times 64
-    step = scales_of(codes).repeat_interleave(64, 1)
+    step = codes.scales.repeat_interleave(64, 1)
     assert ((net[2].weight - was[2].weight).abs() <= step * 0.5001).all()
     with torch.no_grad():
         assert not net[2].weight.requires_grad
     loss_of(net, 0).backward()
-    once = decode.grad.clone()
+    once = codes.grad.clone()
     loss_of(net, 0).backward()
-    assert torch.equal(decode.grad, 2 * once)  # gradients add up
+    assert torch.equal(codes.grad, 2 * once)  # gradients add up
     with torch.no_grad():
         for low, float_layer in zip(net, was, strict=True):
             if isinstance(low, nn.Linear):
@@ -74,7 +74,7 @@ def test_the_forward_pass_sees_the_codes() -> None:
     loss_of(was, 0).backward()
     assert torch.equal(once, was[2].weight.grad)
     optim.SGD(net.parameters()).zero_grad()
-    assert decode.grad is None
+    assert codes.grad is None
 
 
 def test_steps_arrive_on_average() -> None:
@@ -86,12 +86,12 @@ def test_steps_arrive_on_average() -> None:
             layer.weight.copy_(torch.arange(256.0) % 64 - 32)
             layer.weight[:, 0] = 127.0  # which has no gradient: the scale of each block stays 1
         low_bit_weights(layer)
-        decode, codes = layer.parametrizations.weight[0], layer.parametrizations.weight.original0
-        optimizer = optim.SGD([codes], lr=0.004, rounding=rounding)
+        codes = layer.parametrizations.weight.original0
+        optimizer = optim.SGD([codes, codes.scales], lr=0.004, rounding=rounding)
         before = layer.weight.detach()[:, 1:].clone()
         for _ in range(100):
-            decode.grad = -torch.ones(80, 256)
-            decode.grad[:, 0] = 0.0
+            codes.grad = -torch.ones(80, 256)
+            codes.grad[:, 0] = 0.0
             optimizer.step()
         moved[rounding] = (layer.weight.detach()[:, 1:] - before).double().mean().item()
     assert moved["nearest"] == 0

@@ -6,6 +6,7 @@ Arguments: the number of the process, a folder for what they share. Prints a lin
 import copy
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -15,9 +16,10 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from qcompile import optim
-from qcompile.errors import QCWarning
+from qcompile.errors import QCError, QCWarning
 from tests.optim.support import ours
 
 STEPS = 3
@@ -91,6 +93,8 @@ def main(rank: int, folder: Path) -> None:
     odd(rank)
     resume(rank)
     columns(rank)
+    codes(rank)
+    refused(rank)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -165,8 +169,95 @@ def columns(rank: int) -> None:
         print("columns random")
 
 
+def codes(rank: int) -> None:
+    """Weights of codes, replicated, on halves of a batch: the codes of one process on the batch.
+
+    The loss is linear in weights, inputs are small integers, batches are powers of two: gradients are exact in any order.
+    """
+    torch.manual_seed(0)
+    alone = nn.Sequential(nn.Linear(64, 128), nn.Linear(64, 128))  # side by side
+    optim.low_bit_weights(alone)
+    halved = copy.deepcopy(alone)
+    beside = Beside(halved)
+    ddp = DistributedDataParallel(beside)
+    one, two = optim.AdamW(alone.parameters(), lr=1e-2), optim.AdamW(halved.parameters(), lr=1e-2)
+    start = halved[0].parametrizations.weight.original0.clone()
+    mine = []
+    for _ in range(STEPS):
+        batches = [(torch.randint(-2, 3, (16, 64)).float(), torch.randint(-2, 3, (16, 256)).float()) for _ in range(2)]
+        for i, (x, t) in enumerate(batches):
+            (Beside(alone)(x) * t).sum(1).mean().backward()
+            here = slice(8 * rank, 8 * rank + 8)
+            with ddp.no_sync() if i == 0 else nullcontext():
+                (ddp(x[here]) * t[here]).sum(1).mean().backward()
+        mine.append(all(torch.equal(p.grad, q.grad) for p, q in zip(*map(codes_of, (alone, halved)), strict=True)))
+        for optimizer in (one, two):
+            optimizer.step()
+            optimizer.zero_grad()
+    if all(mine) and same(alone, halved) and not torch.equal(start, codes_of(halved)[0]):
+        print("codes ddp")
+
+
+class Beside(nn.Module):
+    """Two layers side by side; the first is computed again in the backward pass, if it is told so."""
+
+    def __init__(self, layers: nn.Module, reentrant: bool = False) -> None:
+        super().__init__()
+        self.layers, self.reentrant = layers, reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.layers
+        return torch.cat([checkpoint(first, x, use_reentrant=self.reentrant), second(x)], 1)
+
+
+def codes_of(net: nn.Module) -> list[nn.Parameter]:
+    return [p for p in net.parameters() if p.dtype == torch.uint8]
+
+
+def refused(rank: int) -> None:
+    """What would leave gradients of codes on the process that computed them."""
+
+    def made() -> nn.Sequential:
+        net = nn.Sequential(nn.Linear(64, 128), nn.Linear(64, 128))
+        optim.low_bit_weights(net)
+        return net
+
+    def unused(x: Tensor) -> Tensor:
+        return DistributedDataParallel(Beside(made()), find_unused_parameters=True)(x)
+
+    def joined(x: Tensor) -> Tensor:
+        ddp = DistributedDataParallel(Beside(made()))
+        with ddp.join():
+            return ddp(x)
+
+    def again(x: Tensor) -> Tensor:
+        return DistributedDataParallel(Beside(made(), reentrant=True))(x.requires_grad_()).sum().backward()
+
+    def sharded(x: Tensor) -> Tensor:
+        return fully_shard(Beside(made()))(x)
+
+    def stepped(x: Tensor) -> optim.AdamW:
+        return optim.AdamW(fully_shard(made()).parameters())
+
+    def late(x: Tensor) -> list[str]:
+        return optim.low_bit_weights(fully_shard(nn.Sequential(nn.Linear(64, 128))))
+
+    for case in (unused, joined, again, sharded, stepped, late):
+        try:
+            case(torch.ones(8, 64))
+        except QCError as error:
+            print(f"{case.__name__} {error.code}")
+
+
 EXPECTED = [f"{name} {how}" for name, *_ in RUNS for how in ("fully_shard", "ddp")]
-EXPECTED += ["odd rows", "resumed", "stock", "columns", "columns random"]
+EXPECTED += ["odd rows", "resumed", "stock", "columns", "columns random", "codes ddp", "unused optim.replicas"]
+EXPECTED += [
+    "joined optim.replicas",
+    "again optim.replicas",
+    "sharded optim.sharding",
+    "stepped optim.dtype",
+    "late optim.sharding",
+]
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), Path(sys.argv[2]))
