@@ -192,10 +192,7 @@ def _check(weight: torch.Tensor, owners: Sequence[_Owner], rules: Recipe, strict
     if refused and strict:
         raise QCError("convert.strict", "weight cannot be converted", where=first.path, why=refused)
     if not refused:
-        try:
-            refuse_nonfinite(rows_of(weight, first))
-        except QCError as error:
-            raise error.at(first.path) from error
+        refuse_nonfinite(rows_of(weight, first), first.path)
 
 
 def module_of(model: Any) -> nn.Module:
