@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from qcompile import QCError, prepare
 from qcompile.backend import watching
@@ -168,3 +170,61 @@ def test_examples_leave_the_model_as_it_is() -> None:
     assert [m.training for m in net] == [True, False, True, True]
     assert net[0].input_rounding.training
     assert int(net[3].input_rounding.calls) == 1
+
+
+class Wrapped(nn.Module):
+    """One block, used twice, each time in a gradient checkpoint if at all."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.block, self.reentrant = nn.Sequential(nn.Linear(64, 96), nn.SiLU(), nn.Linear(96, 64)), reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = self.block(x) if self.reentrant is None else checkpoint(self.block, x, use_reentrant=self.reentrant)
+        return x
+
+
+def micro_batches(reentrant: bool | None, around: bool, compile: bool) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Gradients of two steps of three calls each, and what was observed. `around`: the checkpoint is around the model."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    net = Wrapped(None if around else reentrant)
+    prepare(net, recipe(SIGNED), estimator="ste", activations="observed")
+    run = compiled(net, recipe(SIGNED), policy="memory") if compile else net
+    for step in range(2):
+        xs = [(torch.randn(9, 64) * (1 + i + step)).requires_grad_() for i in range(3)]
+        checked = around and reentrant is not None
+        ys = [checkpoint(run, x, use_reentrant=reentrant) if checked else run(x) for x in xs]
+        sum(y.square().mean() for y in ys).backward()
+    held = net.block[0].input_rounding
+    return [p.grad for p in net.parameters() if p.grad is not None], held.range, held.calls
+
+
+@pytest.mark.parametrize("around", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_round_by_the_range_of_the_forward_pass(reentrant: bool, around: bool) -> None:
+    """Computed again after other calls have moved the average."""
+    (want, observed, calls), (got, again, count) = (micro_batches(r, around, False) for r in (None, reentrant))
+    assert len(got) == len(want) == 4
+    for a, b in zip(got, want, strict=True):
+        assert (a - b).abs().max() <= 12 * 12 * FLOAT * b.abs().max()  # 12 terms each, maybe summed in another order
+    assert torch.equal(observed, again)
+    assert int(calls) == int(count) == 2 * 3 * 2
+
+
+@pytest.mark.parametrize(("around", "mode"), [(False, "compiled"), (True, "reference")])
+def test_compiled_checkpoints_too(around: bool, mode: Any) -> None:
+    """Inside of the graph it is the compiler that computes again; a checkpoint around it runs the graph again."""
+    with watching("reference"):
+        want, observed, _ = micro_batches(None, around, True)
+    with watching(mode) as trace:
+        got, again, count = micro_batches(False, around, True)
+    assert all(d.trained for ctx in trace.contexts for d in ctx.plan)
+    for a, b in zip(got, want, strict=True):
+        # A code on the edge between two may fall to either side: one step of 127, in two layers used twice.
+        assert (a - b).norm() <= 4 / 127 * b.norm()
+        assert (a - b).abs().median() <= 64 * FLOAT * b.abs().max()
+    # Averages of least and most elements that are sums of 96 products, in another order.
+    assert (observed - again).abs().max() <= 96 * 2 * FLOAT * again.abs().max()
+    assert int(count) == 2 * 3 * 2
