@@ -3,7 +3,7 @@ not depend on the call, which were observed or are learned."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -93,6 +93,17 @@ class RoundedInput(nn.Module):
             self.register_parameter(name, nn.Parameter(value.clone()))
         self.estimator = estimator
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RoundedInput:
+        """`model.to(torch.bfloat16)` and its like move the range and leave it float32: in 16 bits an average that moves by a
+        hundredth of a difference stands still."""
+        held = [t for t in self._buffers.values() if t is not None and t.dtype == torch.float32]
+
+        def keep(t: torch.Tensor) -> torch.Tensor:
+            return fn(t.view(torch.int32)).view(torch.float32) if any(t is h for h in held) else fn(t)
+
+        super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
+        return self
+
     def observe(self, x: torch.Tensor) -> torch.Tensor:
         """Take the range of x into the average, once: not where a checkpoint computes a forward pass again.
 
@@ -158,6 +169,12 @@ def detach_input(module: nn.Module) -> None:
     for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _round_input]:
         del module._forward_pre_hooks[key]
         module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def rounded_inputs(model: nn.Module) -> list[tuple[str, nn.Module, RoundedInput]]:
+    """Every input with a static scale: (path of its module, the module, what rounds it)."""
+    found = [(path, m, m._modules.get("input_rounding")) for path, m in model.named_modules()]
+    return [(path, m, rounding) for path, m, rounding in found if isinstance(rounding, RoundedInput)]
 
 
 def has_rounded_input(module: nn.Module) -> bool:
