@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         prepare,
         refresh,
         save,
+        trained_recipe,
     )
     from qcompile.errors import QCError, QCWarning
     from qcompile.ir.scheme import Scheme
@@ -42,6 +43,7 @@ _HOMES = {
     "prepare": "api",
     "refresh": "api",
     "save": "api",
+    "trained_recipe": "api",
     "Conversion": "api",
     "Explanation": "api",
     "Preparation": "api",
@@ -94,4 +96,5 @@ __all__ = [
     "prepare",
     "refresh",
     "save",
+    "trained_recipe",
 ]

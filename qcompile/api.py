@@ -13,7 +13,7 @@ from torch import nn
 from qcompile import compat
 from qcompile.backend import DEFAULT_PASSES
 from qcompile.backend import qcompile as backend
-from qcompile.conversion import Conversion, convert, module_of
+from qcompile.conversion import Conversion, convert, module_of, trained_recipe
 from qcompile.errors import QCError
 from qcompile.ledger import Explanation, explain
 from qcompile.options import Options
@@ -107,4 +107,5 @@ __all__ = [
     "prepare",
     "refresh",
     "save",
+    "trained_recipe",
 ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fnmatch
 import gc
+import glob
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,8 +30,9 @@ from qcompile.ir.codec import quantize, refuse_nonfinite
 from qcompile.ir.scheme import PACKINGS, Scheme
 from qcompile.packed import FLOATS, PackedParts, PackedWeight, attach, packed_weights, parametrized
 from qcompile.passes.detect.sites import is_head
-from qcompile.passes.rewrite.resolve import refuse_ragged
+from qcompile.passes.rewrite.resolve import TRAINED, refuse_ragged
 from qcompile.plan.recipe import Choice, Recipe
+from qcompile.plan.rule import Rule
 from qcompile.plan.site import Site
 from qcompile.plan.table import Printed, size_unit
 from qcompile.rounded import rounded_weight
@@ -139,7 +141,8 @@ def convert(model: nn.Module, recipe: Any = "auto", *, strict: bool = False) -> 
             raise error.at(first.path) from error
         choices[site.path] = choice
         if (pin := PINS.of(weight, site.kind, rules.fingerprint())) is not None:
-            choice = replace(choice, weight=pin.weight, act=pin.act, fit=pin.fit, reason="")
+            reason = "" if pin.weight else f"float, {TRAINED}"
+            choice = replace(choice, weight=pin.weight, act=pin.act, fit=pin.fit, reason=reason)
         if (prepared := rounded_weight(first.module)) is not None:  # the scheme is the one it was trained in
             choice = replace(choice, weight=Scheme.parse(prepared[1].scheme), reason="")
         if choice.weight is None or refused:
@@ -183,6 +186,44 @@ def convert(model: nn.Module, recipe: Any = "auto", *, strict: bool = False) -> 
     return Conversion(tuple(done), tuple(kept), tuple(notes))
 
 
+def trained_recipe(model: nn.Module, recipe: Any = "auto") -> Recipe:
+    """The recipe with what it chose by the values of weights (`min_sqnr`) when their training began, as rules by path.
+
+    The process that trained knows these choices. Another one, which resumes the training or deploys its result, would choose
+    anew, by the values that the weights have then: keep this recipe with the checkpoint, `json.dump(made.to_json(), file)`.
+
+    Args:
+        model: a module that was trained under the backend or prepared, or `torch.compile` of one; before `convert`.
+        recipe: the one it was trained with.
+
+    Returns:
+        Rules for these weights, then those of the recipe; the recipe itself where no choice depended on values.
+
+    Raises:
+        QCError: "model.none" for a function.
+    """
+    rules, fixed = Recipe.of(recipe), []
+    for weight, owners in owners_by_weight(module_of(model)):
+        at, prepared = site_of(weight, owners), rounded_weight(owners[0].module)
+        # A table that is also multiplied with has sites of both kinds.
+        for kind in dict.fromkeys((at.kind, *("embedding" for o in owners if isinstance(o.module, nn.Embedding)))):
+            site = replace(at, kind=kind)
+            pin = PINS.of(weight, kind, rules.fingerprint())
+            if len(rules.asks(site)) < 2 or (pin is None and prepared is None):
+                continue
+            scheme = Scheme.parse(prepared[1].scheme) if prepared else pin.weight if pin else None
+            if scheme is None:
+                fixed.append(Rule(None, path=glob.escape(owners[0].path), kind=(kind,)))
+                continue
+            known = rules.resolve(replace(site, weight_dtype=str(scheme)), packed=scheme)
+            act, fit = (pin.act, pin.fit) if pin else (known.act, known.fit)
+            how = prepared[1].estimator if prepared else known.estimator
+            fixed.append(
+                Rule(scheme, act, glob.escape(owners[0].path), (kind,), fit=fit, estimator=how, grad=known.grad)
+            )
+    return replace(rules, rules=(*fixed, *rules.rules), name=f"{rules.name}, as trained") if fixed else rules
+
+
 def _check(weight: torch.Tensor, owners: Sequence[_Owner], rules: Recipe, strict: bool) -> None:
     """Raise what `convert` would raise for a weight, before any other one has been given up."""
     first, refused = owners[0], next((owner.refused for owner in owners if owner.refused), "")
@@ -192,10 +233,7 @@ def _check(weight: torch.Tensor, owners: Sequence[_Owner], rules: Recipe, strict
     if refused and strict:
         raise QCError("convert.strict", "weight cannot be converted", where=first.path, why=refused)
     if not refused:
-        try:
-            refuse_nonfinite(rows_of(weight, first))
-        except QCError as error:
-            raise error.at(first.path) from error
+        refuse_nonfinite(rows_of(weight, first), first.path)
 
 
 def module_of(model: Any) -> nn.Module:

@@ -108,10 +108,7 @@ def prepare(
             kept += [(owner.path, "it has learned scales already") for owner in owners]
             continue
         _refuse_unlearned(choice.weight, first.path)
-        try:
-            refuse_nonfinite(rows_of(weight, first))
-        except QCError as error:
-            raise error.at(first.path) from error
+        refuse_nonfinite(rows_of(weight, first), first.path)
         name = choice.estimator if estimator_of(choice.estimator).learned else estimator
         work.append((weight, owners, replace(choice.weight, packing=PACKINGS[0]), choice.fit, name))
     _round_inputs(module_of(model), static, activations, inputs)  # first: it undoes what it did when an example fails

@@ -3,7 +3,7 @@ not depend on the call, which were observed or are learned."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 import qcompile.ir.ops  # noqa: F401  (registers the operators)
 from qcompile.errors import QCError
 from qcompile.ir.estimators import estimator_of
+from qcompile.ir.observed import no_lines
 from qcompile.ir.qparams import QParams
 from qcompile.ir.scheme import Scheme
 from qcompile.packed import parametrized
@@ -68,6 +69,7 @@ class RoundedInput(nn.Module):
 
     range: torch.Tensor
     calls: torch.Tensor
+    lines: torch.Tensor
 
     def __init__(self, scheme: str, momentum: float = 0.01) -> None:
         super().__init__()
@@ -75,6 +77,7 @@ class RoundedInput(nn.Module):
         # Compiled code cannot raise: where nothing was observed, its results are NaN and not some numbers.
         self.register_buffer("range", torch.full((2,), torch.nan))
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("lines", no_lines(), persistent=False)  # of use between a forward and its backward pass
 
     def learn(self, estimator: str) -> None:
         """Make the observed scale a parameter. Raises `QCError` ("train.examples") where nothing was observed."""
@@ -85,26 +88,37 @@ class RoundedInput(nn.Module):
                 why="no example has reached this input",
                 next="pass inputs=[...] to prepare: what the model is called with, such as a few batches",
             )
-        how, scale = estimator_of(estimator), self._scales(1)[0].to(torch.float32)
+        how, scale = estimator_of(estimator), self._scales(self.range, 1)[0].to(torch.float32)
         for name, value in zip(how.learned, how.start(Scheme.parse(self.scheme), scale), strict=True):
             self.register_parameter(name, nn.Parameter(value.clone()))
         self.estimator = estimator
 
-    def observe(self, x: torch.Tensor) -> None:
-        """Take the range of x into the average."""
-        if not x.numel():
-            return
-        with torch.no_grad():
-            new = torch.stack(torch.aminmax(x.detach())).to(torch.float32)
-            moved = torch.where(self.calls == 0, new, self.range + self.momentum * (new - self.range))
-            # An infinity or a NaN, as a step that overflows has, would stay in the average for good.
-            finite = new.isfinite().all()
-            self.range.copy_(torch.where(finite, moved, self.range))
-            self.calls.add_(finite.to(self.calls.dtype))
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RoundedInput:
+        """`model.to(torch.bfloat16)` and its like move the range and leave it float32: in 16 bits an average that moves by a
+        hundredth of a difference stands still."""
+        held = [t for t in self._buffers.values() if t is not None and t.dtype == torch.float32]
 
-    def _scales(self, ndim: int) -> list[torch.Tensor]:
-        """Scale and zero point of the range, for a tensor of so many dimensions."""
-        chosen = torch.ops.qcompile.choose_qparams(self.range.view(1, 2), self.scheme, "minmax")
+        def keep(t: torch.Tensor) -> torch.Tensor:
+            return fn(t.view(torch.int32)).view(torch.float32) if any(t is h for h in held) else fn(t)
+
+        super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def observe(self, x: torch.Tensor) -> torch.Tensor:
+        """Take the range of x into the average, once: not where a checkpoint computes a forward pass again.
+
+        Returns:
+            `[2]`: the range to round x by, which is the same in both.
+        """
+        if not x.numel():
+            return self.range
+        new = torch.stack(torch.aminmax(x.detach())).to(torch.float32)
+        used: torch.Tensor = torch.ops.qcompile.observe_(new, self.range, self.calls, self.lines, self.momentum)
+        return used
+
+    def _scales(self, range: torch.Tensor, ndim: int) -> list[torch.Tensor]:
+        """Scale and zero point of a range, for a tensor of so many dimensions."""
+        chosen = torch.ops.qcompile.choose_qparams(range.view(1, 2), self.scheme, "minmax")
         return [t.reshape([1] * ndim) for t in chosen]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -113,8 +127,9 @@ class RoundedInput(nn.Module):
             learned = [getattr(self, name).reshape([1] * x.dim()) for name in how.learned]
             scales: list[torch.Tensor] = []
         else:
+            range = self.range
             if self.training:
-                self.observe(x)
+                range = self.observe(x)
             elif not torch.compiler.is_compiling() and x.device.type != "meta" and not int(self.calls):
                 raise QCError(
                     "train.unobserved",
@@ -122,7 +137,7 @@ class RoundedInput(nn.Module):
                     why="nothing has come to this input in training",
                     next="train first, or pass inputs=[...] to prepare: what the model is called with",
                 )
-            learned, scales = [], self._scales(x.dim())
+            learned, scales = [], self._scales(range, x.dim())
         # "static": the scale was not chosen from x, so x may lie outside of its range.
         result: torch.Tensor = torch.ops.qcompile.fake_quant(x, scales, learned, self.scheme, self.estimator, "static")
         return result
@@ -154,6 +169,12 @@ def detach_input(module: nn.Module) -> None:
     for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _round_input]:
         del module._forward_pre_hooks[key]
         module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def rounded_inputs(model: nn.Module) -> list[tuple[str, nn.Module, RoundedInput]]:
+    """Every input with a static scale: (path of its module, the module, what rounds it)."""
+    found = [(path, m, m._modules.get("input_rounding")) for path, m in model.named_modules()]
+    return [(path, m, rounding) for path, m, rounding in found if isinstance(rounding, RoundedInput)]
 
 
 def has_rounded_input(module: nn.Module) -> bool:

@@ -16,9 +16,10 @@ import torch
 from torch import fx
 
 from qcompile import compat
-from qcompile.passes.match import ORIGIN, bodies, recording, same_tensor, value_of, written_placeholders
+from qcompile.passes.match import ORIGIN, bodies, op_name, recording, same_tensor, value_of, written_placeholders
 
 _CALLS = frozenset("tag_activation_checkpoint invoke_subgraph wrap".split())
+_REPEATED = frozenset({"observe_"})  # looks up, within a backward pass, what it did in the forward pass
 
 
 def inline_calls(gm: fx.GraphModule, training: bool) -> None:
@@ -46,7 +47,8 @@ def _is_checkpoint(node: fx.Node) -> bool:
 
 
 def _inline(gm: fx.GraphModule, node: fx.Node, regions: Iterator[int] | None) -> bool:
-    """Replace a call by its body, when its users pick the results one by one and nothing that comes in is written.
+    """Replace a call by its body, when its users pick the results one by one and nothing that comes in is written,
+    but by operators that may run a second time.
 
     Args:
         regions: numbers for checkpoints whose nodes are to be marked, `None` where no backward pass follows.
@@ -60,7 +62,7 @@ def _inline(gm: fx.GraphModule, node: fx.Node, regions: Iterator[int] | None) ->
     fitting = all(p in operands and same_tensor(value_of(p), value_of(operands[p])) for p in inputs)
     results, made = body.graph.output_node().args[0], dict(operands)
     picked = isinstance(results, (tuple, list)) and all(isinstance(made.get(r, r), fx.Node) for r in results)  # type: ignore[arg-type]
-    if not fitting or not picked or written_placeholders(body):
+    if not fitting or not picked or written_placeholders(body, _REPEATED):
         return False
     region = None if regions is None else next(regions)
     with gm.graph.inserting_before(node):
@@ -72,7 +74,10 @@ def _inline(gm: fx.GraphModule, node: fx.Node, regions: Iterator[int] | None) ->
                 made[item] = gm.graph.node_copy(item, lambda n: made[n])
                 made[item].meta[ORIGIN] = node.meta.get(ORIGIN)
                 if region is not None:
-                    compat.mark_checkpoint(made[item], region)
+                    # A range that is observed is kept: to look it up, the backward pass would have to keep the state as it is
+                    # now, which the next call writes to.
+                    mark = compat.mark_kept if op_name(item) in _REPEATED else compat.mark_checkpoint
+                    mark(made[item], region)
     for user in list(node.users):
         result = results[user.args[1]]  # type: ignore[index]
         user.replace_all_uses_with(made[result])  # type: ignore[index]

@@ -35,6 +35,7 @@ from qcompile.passes.match import argument, op_name, shape_of, transformed
 from qcompile.plan.plan import Decision
 from qcompile.plan.recipe import Choice
 from qcompile.plan.site import Site
+from qcompile.runtime.pins import Pin
 
 PACKED = "packed by convert"
 PREPARED = "prepared"
@@ -72,6 +73,10 @@ class Resolve(Pass):
             assert weight is not None  # detect refuses sites without one
             shared = layouts.get(site.path) if site.kind == "embedding" else None
             choice = _packed_for(ctx, node, _pinned(ctx, site, weight) or _choose(ctx, site, weight), shared)
+            if choice.weight is None and site.trained and len(ctx.recipe.asks(site)) > 1:  # its values decided
+                roots = [ctx.inputs[root.name] for root in weight.roots]
+                pin = Pin(None, None, choice.fit)
+                ctx.pins.pin(roots, weight.expression.text, site.kind, ctx.recipe.fingerprint(), pin)
             choices.append(choice)
             if choice.weight is not None and site.path:
                 layouts.setdefault(site.path, choice.weight.packing)
@@ -129,6 +134,8 @@ def _pinned(ctx: PassContext, site: Site, weight: Weight) -> Choice | None:
     pin = ctx.pins.find(roots, weight.expression.text, site.kind, ctx.recipe.fingerprint())
     if pin is None:
         return None
+    if pin.weight is None:
+        return Choice(None, None, -1, f"float, {TRAINED}")
     found = ctx.recipe.resolve(replace(site, weight_dtype=str(pin.weight)), packed=pin.weight)
     return replace(found, weight=pin.weight, act=pin.act, reason=TRAINED, fit=pin.fit, min_sqnr=-math.inf)
 

@@ -14,7 +14,9 @@ from qcompile.compat.checkpoints import (
     checkpoint_of,
     is_selective,
     mark_checkpoint,
+    mark_kept,
     mark_recomputed,
+    within_backward,
 )
 from qcompile.compat.cpp import (
     cpp_build,
@@ -66,6 +68,7 @@ from qcompile.compat.jit import (
     mm_e4m3,
     mm_float32,
     mm_int8,
+    multiplies_e4m3,
     on,
     pretending,
     stream,
@@ -147,10 +150,12 @@ __all__ = [
     "load_cpp_kernel",
     "load_operator",
     "mark_checkpoint",
+    "mark_kept",
     "mark_recomputed",
     "mm_e4m3",
     "mm_float32",
     "mm_int8",
+    "multiplies_e4m3",
     "on",
     "placeholder_source",
     "pretending",
@@ -178,6 +183,7 @@ __all__ = [
     "unlimited_recompiles",
     "warm_cpp",
     "why_whole",
+    "within_backward",
     "without_levels",
     "writes_triton",
 ]

@@ -1,11 +1,12 @@
-"""Marks that tell AOTAutograd's partitioner to compute a node again in the backward pass instead of keeping its result.
+"""What is computed again in the backward pass: whether that is now, and marks that tell AOTAutograd's partitioner to do so.
 
-They are what `torch.utils.checkpoint` leaves on a graph, and travel with a node's metadata from Dynamo's graph to the joint
-one: a policy, and the number of the checkpointed region. What a region hands to a later one, of a higher number, is kept.
+The marks are what `torch.utils.checkpoint` leaves on a graph, and travel with a node's metadata from Dynamo's graph to the
+joint one: a policy, and the number of the checkpointed region. What a region hands to a later one, of a higher number, is kept.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -24,6 +25,11 @@ def mark_recomputed(node: fx.Node) -> None:
         node.meta["recompute"], node.meta["ac_graph_id"] = CheckpointPolicy.MUST_RECOMPUTE, _ALONE
 
 
+def mark_kept(node: fx.Node, region: int) -> None:
+    """Mark a node of a checkpointed region as one whose result is kept all the same."""
+    node.meta["recompute"], node.meta["ac_graph_id"] = CheckpointPolicy.MUST_SAVE, region
+
+
 def checkpoint_of(node: fx.Node) -> int | None:
     """The region that a node belongs to, `None` outside of all."""
     region = node.meta.get("ac_graph_id", _ALONE)
@@ -33,3 +39,8 @@ def checkpoint_of(node: fx.Node) -> int | None:
 def is_selective(body: fx.GraphModule) -> bool:
     """Whether the body of a checkpoint decides node by node what is kept (`context_fn`)."""
     return "_checkpoint_context_fn" in body.meta
+
+
+def within_backward() -> bool:
+    """Whether this thread runs a backward pass, where a forward pass is one that a checkpoint computes again."""
+    return torch._C._current_graph_task_id() != -1

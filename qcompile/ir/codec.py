@@ -330,8 +330,13 @@ def _chunks(scheme: Scheme, n: int, k: int) -> Iterator[tuple[int, int, slice]]:
         yield start, stop, slice(start // unit, ceil_div(stop, unit))
 
 
-def refuse_nonfinite(w: Tensor) -> None:
-    """Raise `codec.nonfinite-weight`, naming the first index, for a matrix that holds a NaN or an infinity."""
+def refuse_nonfinite(w: Tensor, where: str = "") -> None:
+    """Raise `codec.nonfinite-weight`, naming the first index, for a matrix that holds a NaN or an infinity.
+
+    Args:
+        w: `[n, k]`, floating point.
+        where: path of the weight, for the error.
+    """
     if w.numel() == 0:
         return
     low, high = (float(v) for v in torch.aminmax(w))
@@ -345,7 +350,7 @@ def refuse_nonfinite(w: Tensor) -> None:
             raise QCError(
                 "codec.nonfinite-weight",
                 f"weight holds {float(w[row, column])}",
-                where=f"index [{row}, {column}]",
+                where=f"{where}: index [{row}, {column}]".removeprefix(": "),
                 why="a scale chosen over NaN or infinity is meaningless",
                 next="repair the checkpoint, or leave this weight out of the recipe",
             )

@@ -13,6 +13,7 @@ caches key on it.
 | `fake_quant(x, scales, learned, scheme, estimator, fit, seed)` | x rounded, with an estimator's gradient |
 | `rotate(x, size, signs, inverse, dtype)` | blocks of the last dimension turned by a Hadamard matrix, see `hadamard.rotate` |
 | `step_(state, inputs, hyper, random, spec)` | an optimizer's step of many parameters, in place, see `StepSpec`, `check_step` |
+| `observe_(new, range, calls, lines, momentum)` | the range to round by; moves the average, see `observed` |
 | `rounded(x, random, row, dtype)` | float32 to 16 bits by stochastic rounding, with the bits of one row of `random` |
 """
 
@@ -30,6 +31,7 @@ from qcompile.ir.codec import check_parts, dequantize, dequantize_rows
 from qcompile.ir.estimators import chosen_qparams, fake_quant, rounded_scale
 from qcompile.ir.hadamard import check_rotation, rotate
 from qcompile.ir.matmul import OUT_DTYPES, MatmulSpec, check_float, check_operands, check_static, reference_qmm
+from qcompile.ir.observed import fake_observe, observe_
 from qcompile.ir.products import fake_low_bit_mm, low_bit_mm, quantized_linear
 from qcompile.ir.rounding import random_bits
 from qcompile.ir.scheme import Scheme
@@ -46,6 +48,7 @@ _SCHEMAS = (
     "fit_qparams(Tensor x, str scheme, str fit) -> Tensor[]",
     "stored_scale(Tensor step, str scheme) -> Tensor",
     "fake_quant(Tensor x, Tensor[] scales, Tensor[] learned, str scheme, str estimator, str fit, int seed=0) -> Tensor",
+    "observe_(Tensor new, Tensor(a!) range, Tensor(b!) calls, Tensor(c!) lines, float momentum) -> Tensor",
     "low_bit_mm(Tensor a, Tensor b) -> Tensor",
     "quantized_linear(Tensor x, Tensor weight, Tensor[] scales, str scheme, str act, str grad, str estimator, str fit, "
     "ScalarType dtype) -> Tensor",
@@ -253,6 +256,7 @@ for _name, _meaning, _meta in (
     ("qmm", qmm_reference, _fake_qmm),
     ("decode", _decode, _fake_decode),
     ("low_bit_mm", low_bit_mm, fake_low_bit_mm),
+    ("observe_", observe_, fake_observe),
     ("rotate", rotate, _fake_rotate),
     ("fit_qparams", chosen_qparams, _fake_fit_qparams),
     ("stored_scale", rounded_scale, rounded_scale),

@@ -91,7 +91,7 @@ def low_bit_mm(a: Tensor, b: Tensor) -> Tensor:
     a, b = _padded(a, 0, -k % unit), _padded(b, -k % unit, -n % unit)
     if a.dtype == torch.int8:
         return compat.mm_int8(_dense(a), _dense(b))[:, :n]
-    if a.device.type == "cuda":
+    if a.device.type == "cuda" and compat.multiplies_e4m3(compat.architecture(a.device)):
         return compat.mm_e4m3(_dense(a), _dense(b.t()).t())[:, :n]
     product: Tensor = a.to(torch.float32) @ b.to(torch.float32)
     return product

@@ -222,6 +222,7 @@ _RULES = {
     "nf4": (_linear("nf4/g64:fp16"),),
     "w8a8": (_linear(_ROW8, _TOKEN8, device="gpu"), _linear(_INT8, _ACT8)),
     "int8-train": (_linear(_ROW8, _TOKEN8, grad=Scheme.parse(_TOKEN8)),),
+    "fp8-train": (_linear("e4m3/axis0:fp32", "e4m3/token:fp32", grad=Scheme.parse("e5m2/token:fp32")),),
     "w4a8": (_linear("uint4/g128:fp16+z", _TOKEN8, fit="mse", device="gpu"), _linear(_INT4, _ACT8, fit="mse")),
 }
 PRESETS: Mapping[str, Recipe] = {name: Recipe((_TABLES, *rules), name) for name, rules in _RULES.items()} | {

@@ -2,7 +2,9 @@
 
 A recipe may choose by a weight's values (`min_sqnr`), and a kernel by the number of rows. Training changes the one, and a
 single token has another of the other: a weight that was rounded to one scheme in every step must not be packed in
-another, or stay float, when it is evaluated.
+another, or stay float, when it is evaluated; nor may one be packed that stayed float in every step.
+
+Pins belong to a process. `qcompile.trained_recipe` writes them down as rules.
 """
 
 from __future__ import annotations
@@ -18,9 +20,10 @@ from qcompile.ir.scheme import Scheme
 
 @dataclass(frozen=True)
 class Pin:
-    """What a weight was rounded to, and its input; `fit` as in `qcompile.ir.fit`."""
+    """What a weight was rounded to, and its input; `fit` as in `qcompile.ir.fit`. `weight` is `None` for one that stayed float
+    because of its values."""
 
-    weight: Scheme
+    weight: Scheme | None
     act: Scheme | None
     fit: str
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
-from qcompile import QCError, explain, prepare
+from qcompile import QCError, QCWarning, explain, prepare
 from qcompile.backend import watching
 from qcompile.plan.recipe import Recipe, Rule
 from tests.e2e.models import MLP
@@ -121,3 +121,28 @@ def test_learned_scales_have_no_products() -> None:
     recipe = Recipe((Rule("int8/axis0", act="int8/token", grad="int8/token"),))
     with pytest.raises(QCError, match=r"train\.products"):
         compiled(model, recipe)(torch.randn(4, 64))
+
+
+def test_floats_of_eight_bits() -> None:
+    """The step of the graph is that of the formulas, with policy="memory" also where no kernel pays."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 96, bias=False)), torch.randn(5, 64)
+    with watching("reference") as trace:
+        y, dx, dw = trained(compiled(model, "fp8-train", policy="memory"), model, x)
+    (decision,) = trace.contexts[0].plan
+    assert (decision.kernel, str(decision.grad)) == ("low_bit_mm", "e5m2/token:fp32")
+    weight, leaf = (t.detach().clone().requires_grad_() for t in (model[0].weight, x))
+    schemes = ("e4m3/axis0:fp32", "e4m3/token:fp32", "e5m2/token:fp32")
+    scales = torch.ops.qcompile.choose_qparams(weight, schemes[0], "minmax")
+    want = torch.ops.qcompile.quantized_linear(leaf, weight, scales, *schemes, "ste", "minmax", torch.float32)
+    want.square().mean().backward()
+    assert all(torch.equal(ours, theirs) for ours, theirs in ((y, want), (dx, leaf.grad), (dw, weight.grad)))
+
+
+def test_floats_without_a_kernel_stay_float_and_say_so() -> None:
+    model = nn.Sequential(nn.Linear(64, 96))
+    with watching("reference") as trace, pytest.warns(QCWarning, match="no fast kernel for e4m3"):
+        compiled(model, "fp8-train")(torch.randn(4, 64)).sum().backward()
+    (decision,) = trace.contexts[0].plan
+    assert (decision.weight, decision.packed) == (None, False)
+    assert "policy='memory' packs it anyway" in decision.reason

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from qcompile import QCError, prepare
+from qcompile import QCError, QCWarning, convert, learned_scales, load, prepare, save
 from qcompile.backend import watching
 from qcompile.ir.codec import choose_qparams
 from qcompile.plan.recipe import Recipe, Rule
@@ -168,3 +172,128 @@ def test_examples_leave_the_model_as_it_is() -> None:
     assert [m.training for m in net] == [True, False, True, True]
     assert net[0].input_rounding.training
     assert int(net[3].input_rounding.calls) == 1
+
+
+class Wrapped(nn.Module):
+    """One block, used twice, each time in a gradient checkpoint if at all."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.block, self.reentrant = nn.Sequential(nn.Linear(64, 96), nn.SiLU(), nn.Linear(96, 64)), reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = self.block(x) if self.reentrant is None else checkpoint(self.block, x, use_reentrant=self.reentrant)
+        return x
+
+
+def micro_batches(reentrant: bool | None, around: bool, compile: bool) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Gradients of two steps of three calls each, and what was observed. `around`: the checkpoint is around the model."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    net = Wrapped(None if around else reentrant)
+    prepare(net, recipe(SIGNED), estimator="ste", activations="observed")
+    run = compiled(net, recipe(SIGNED), policy="memory") if compile else net
+    for step in range(2):
+        xs = [(torch.randn(9, 64) * (1 + i + step)).requires_grad_() for i in range(3)]
+        checked = around and reentrant is not None
+        ys = [checkpoint(run, x, use_reentrant=reentrant) if checked else run(x) for x in xs]
+        sum(y.square().mean() for y in ys).backward()
+    held = net.block[0].input_rounding
+    return [p.grad for p in net.parameters() if p.grad is not None], held.range, held.calls
+
+
+@pytest.mark.parametrize("around", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_round_by_the_range_of_the_forward_pass(reentrant: bool, around: bool) -> None:
+    """Computed again after other calls have moved the average."""
+    (want, observed, calls), (got, again, count) = (micro_batches(r, around, False) for r in (None, reentrant))
+    assert len(got) == len(want) == 4
+    for a, b in zip(got, want, strict=True):
+        assert (a - b).abs().max() <= 12 * 12 * FLOAT * b.abs().max()  # 12 terms each, maybe summed in another order
+    assert torch.equal(observed, again)
+    assert int(calls) == int(count) == 2 * 3 * 2
+
+
+@pytest.mark.parametrize(("around", "mode"), [(False, "compiled"), (True, "reference")])
+def test_compiled_checkpoints_too(around: bool, mode: Any) -> None:
+    """Inside of the graph it is the compiler that computes again; a checkpoint around it runs the graph again."""
+    with watching("reference"):
+        want, observed, _ = micro_batches(None, around, True)
+    with watching(mode) as trace:
+        got, again, count = micro_batches(False, around, True)
+    assert all(d.trained for ctx in trace.contexts for d in ctx.plan)
+    for a, b in zip(got, want, strict=True):
+        # A code on the edge between two may fall to either side: one step of 127, in two layers used twice.
+        assert (a - b).norm() <= 4 / 127 * b.norm()
+        assert (a - b).abs().median() <= 64 * FLOAT * b.abs().max()
+    # Averages of least and most elements that are sums of 96 products, in another order.
+    assert (observed - again).abs().max() <= 96 * 2 * FLOAT * again.abs().max()
+    assert int(count) == 2 * 3 * 2
+
+
+@pytest.mark.parametrize("activations", ["observed", "lsq"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_files_hold_static_scales(activations: str, device: str, tmp_path: Path) -> None:
+    """A model as it is built, that nobody has prepared, is enough; one that was prepared in another way gives way."""
+    net, x = model(), torch.randn(9, 64)
+    prepare(net, recipe(SIGNED), estimator="lsq", activations=activations, inputs=[x])
+    convert(net, recipe(SIGNED))
+    want = net.eval()(2 * x)
+    save(net, tmp_path)
+    with torch.device(device):
+        fresh = model()
+    assert torch.equal(load(fresh, tmp_path).eval()(2 * x), want)
+    assert fresh.state_dict().keys() == net.state_dict().keys()
+    assert [m.requires_grad for m in learned_scales(fresh).values()] == [True] * (0 if activations == "observed" else 2)
+    assert fresh.train()(x).isfinite().all()  # and can be observed further
+    other = model()
+    prepare(other, recipe(SHIFTED), estimator="ste", activations="observed")
+    assert torch.equal(load(other, tmp_path).eval()(2 * x), want)
+    assert len(other[0]._forward_pre_hooks) == 1
+
+
+def test_files_with_impossible_static_scales(tmp_path: Path) -> None:
+    net = model()
+    prepare(net, recipe(SIGNED), estimator="ste", activations="observed", inputs=[torch.randn(9, 64)])
+    with pytest.warns(QCWarning, match="saved in float"):
+        save(net, tmp_path)
+    file = tmp_path / "qcompile.json"
+    manifest = json.loads(file.read_text())
+    for change, code in (
+        ({"scheme": "int9/tensor"}, "scheme.unknown-format"),
+        ({"scheme": "int8/token:fp32"}, "load.manifest"),
+        ({"momentum": "much"}, "load.manifest"),
+        ({"estimator": "none"}, "estimator.unknown"),
+    ):
+        file.write_text(json.dumps(manifest | {"inputs": manifest["inputs"] | {"0": manifest["inputs"]["0"] | change}}))
+        fresh = model()
+        with pytest.raises(QCError, match="0") as caught:
+            load(fresh, tmp_path)
+        assert caught.value.code == code
+        assert fresh.state_dict().keys() == model().state_dict().keys()  # as it was
+
+
+def test_a_state_dict_says_what_its_model_needs() -> None:
+    net, fresh = model(), model()
+    prepare(net, recipe(SIGNED), estimator="ste", activations="observed", inputs=[torch.randn(9, 64)])
+    for item in (net, fresh):
+        convert(item, recipe(SIGNED))
+    with pytest.warns(QCWarning, match=r"qcompile\.prepare.*before qcompile\.convert, or use"):
+        fresh.load_state_dict(net.state_dict(), strict=False)
+    prepared = model()
+    prepare(prepared, recipe(SIGNED), estimator="ste", activations="observed")
+    convert(prepared, recipe(SIGNED))
+    prepared.load_state_dict(net.state_dict())
+    assert torch.equal(prepared.eval()(torch.ones(2, 64)), net.eval()(torch.ones(2, 64)))
+
+
+def test_ranges_stay_float32() -> None:
+    net = model()
+    prepare(net, recipe(SIGNED), estimator="ste", activations="observed")
+    net.to(torch.bfloat16)
+    held = net[0].input_rounding
+    assert {t.dtype for t in (held.range, held.lines)} == {torch.float32}
+    for high in (1.0, 1.125):
+        net(torch.linspace(-1, high, 64, dtype=torch.bfloat16).expand(2, 64))
+    assert held.range[1].item() == pytest.approx(1.00125, abs=2 * FLOAT)  # bfloat16 has no number between 1 and 1.0078
