@@ -20,14 +20,13 @@ from torch import Tensor, nn
 
 from gpu_blocks.decoder import SHAPES, Decoder, Layer, random_decoder, rotated
 from gpu_blocks.session import Session
-from qcompile import Recipe, Rule
 from qcompile.backend import watching
 
 BF16 = "bf16"
 ENGINES: Mapping[str, Any] = {
     BF16: None,
     "int8-train": "int8-train",
-    "fp8-train": Recipe((Rule("e4m3/axis0:fp32", act="e4m3/token:fp32", grad="e5m2/token:fp32"),), "fp8-train"),
+    "fp8-train": "fp8-train",
     "int4": "int4",
     "w8a8": "w8a8",
 }
