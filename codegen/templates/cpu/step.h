@@ -22,7 +22,16 @@ struct Random {
   Philox philox;
   uint64_t offset;  // global index of the tile's first element
 };
-#define BITS_OF [&](int64_t i, int64_t count, const uint16_t* bits) __attribute__((always_inline))
+INL uint32_t float_bits(float x) {
+  uint32_t word;
+  memcpy(&word, &x, sizeof word);
+  return word;
+}
+INL float bits_float(uint32_t word) {
+  float x;
+  memcpy(&x, &word, sizeof x);
+  return x;
+}
 
 // ------------------------------------------------------------------------------------------------------- formats of codes
 // 4 bits, two per byte <-> a byte each.
@@ -60,9 +69,13 @@ template <int OFFSET, int LOW, int TOP> struct Integers {
       store_8(codes + i, iadd(fround(y), iset(OFFSET)));
     }
   }
-  static INL uint8_t random(float y, uint32_t bits) {
-    const float r = stochastic_integer(y, bits);
-    return (uint8_t)((int)(r < LOW ? LOW : r > TOP ? TOP : r) + OFFSET);
+  template <int N> static INL void encode(const float* x, float inverse, uint8_t* codes, const uint16_t* bits) {
+    const VF low = fset(LOW), top = fset(TOP);
+    for (int i = 0; i < N; i += 16) {
+      VF y = stochastic_integer(fmul(fload(x + i), fset(inverse)), load_u16(bits + i));
+      y = fsel(flt(y, low), low, fsel(flt(top, y), top, y));
+      store_8(codes + i, iadd(fround(y), iset(OFFSET)));
+    }
   }
 };
 
@@ -198,33 +211,12 @@ template <class F, int BLOCK> INL float inverse_of(const float* x, float* scale)
 INL void cut(float* x, int n) {
   for (int i = n; i < TILE; i++) x[i] = 0.0f;
 }
-template <class F, int BLOCK> INL void encode(float* x, int n, uint8_t* codes, float* scales) {
+// `bits`: those of the tile's elements, where rounding is stochastic.
+template <class F, int BLOCK, class... Bits> INL void encode(float* x, int n, uint8_t* codes, float* scales, Bits... bits) {
   cut(x, n);
-  for (int b = 0; b < TILE / BLOCK; b++) {
-    const float inverse = inverse_of<F, BLOCK>(x + b * BLOCK, scales + b);
-    if (__builtin_expect(inverse > 0, 1)) F::template encode<BLOCK>(x + b * BLOCK, inverse, codes + b * BLOCK);
-    else memset(codes + b * BLOCK, F::ZERO, BLOCK);
+  for (int b = 0; b < TILE; b += BLOCK) {
+    const float inverse = inverse_of<F, BLOCK>(x + b, scales + b / BLOCK);
+    if (__builtin_expect(inverse > 0, 1)) F::template encode<BLOCK>(x + b, inverse, codes + b, bits + b...);
+    else memset(codes + b, F::ZERO, BLOCK);
   }
-}
-template <class F, int BLOCK> INL void encode(float* x, int n, uint8_t* codes, float* scales, const Random& random) {
-  cut(x, n);
-  for (int b = 0; b < TILE / BLOCK; b++) {
-    const float inverse = inverse_of<F, BLOCK>(x + b * BLOCK, scales + b);
-    const VF zero = fset(0.0f);
-    for (int i = b * BLOCK; i < (b + 1) * BLOCK; i += 16)
-      fstore(x + i, inverse > 0 ? fmul(fload(x + i), fset(inverse)) : zero);
-  }
-  random.philox.each(n, random.offset, BITS_OF {
-    _Pragma("omp simd") for (int64_t j = 0; j < count; j++) codes[i + j] = F::random(x[i + j], bits[j]);
-  });
-}
-INL void round_bf16(const float* x, int n, const Random& random, uint16_t* out) {
-  random.philox.each(n, random.offset, BITS_OF {
-    _Pragma("omp simd") for (int64_t j = 0; j < count; j++) out[i + j] = stochastic_bf16(x[i + j], bits[j]);
-  });
-}
-INL void round_f16(const float* x, int n, const Random& random, uint16_t* out) {
-  random.philox.each(n, random.offset, BITS_OF {
-    _Pragma("omp simd") for (int64_t j = 0; j < count; j++) out[i + j] = stochastic_fp16(x[i + j], bits[j]);
-  });
 }
