@@ -52,8 +52,8 @@ def format_text(storage: Storage) -> str:
     lines = levels.lines
     text += f"  static constexpr bool LINES = {str(lines is not None).lower()};\n"
     if lines is not None:
-        text += _array("int32_t", "FIRST", map(str, lines.first))
-        for name in ("start", "slope", "shift", "most"):
+        text += _array("int32_t", "BEGIN", map(str, lines.begin))
+        for name in ("slope", "shift", "most"):
             text += _array("float", f"LINE_{name.upper()}", map(literal, getattr(lines, name)))
         text += f"  static constexpr float NEAR = {literal(lines.near)};\n"
     return text + f"}};\nusing {fmt.name}_codes = Table<{fmt.name}_levels>;\n"
@@ -105,7 +105,7 @@ def _waits(operand: Operand) -> bool:
 
 def tile_text(spec: StepSpec, at: dict[str, int]) -> str:
     """The function that computes a tile: random bits, then 64 elements at a time, then blocks."""
-    begin, loads, before, stores, after = [], [], [], [], []
+    begin, loads, before, stores, scales, after = [], [], [], [], [], []
     for i, name in enumerate(spec.hyper):
         begin.append(f"const VF x_{name} = fset(h[{i}]);")
     if spec.stochastic:
@@ -141,7 +141,9 @@ def tile_text(spec: StepSpec, at: dict[str, int]) -> str:
                 stores.append(f"{kind}::store(a_{name} + e, {value});")
         if _waits(o):
             random = ", bits" if storage.stochastic else ""
-            after.append(f"encode<{kind}, {storage.block}>(r_{name}, n, {codes}, s_{name}{random});")
+            begin.append(f"float i_{name}[TILE / {storage.block}];")
+            scales.append(f"scale<{kind}, {storage.block}>(r_{name}, n, s_{name}, i_{name});")
+            after.append(f"encode<{kind}, {storage.block}>(r_{name}, i_{name}, {codes}{random});")
             if storage.bits == 4:
                 after.append(f"narrow4(a_{name}, {codes}, n);")
     inner = [*before, *program_lines(spec, SPELLING), *stores]
@@ -156,6 +158,7 @@ def tile_text(spec: StepSpec, at: dict[str, int]) -> str:
         *(f"      {line}" for line in inner),
         "    }",
         "  }",
+        *(f"  {line}" for line in scales),
         *(f"  {line}" for line in after),
         "  (void)h, (void)n, (void)random;",
         "}",
