@@ -1,8 +1,8 @@
 """Eager calls of `qcompile::step_` on CPUs run a kernel that is built for their spec.
 
-The kernel's result is that of the plain-torch meaning bit for bit, so one may stand for the other at any time: a few steps of few
-elements never wait for a compiler, and where there is none, or a build fails, or a kernel fails its trial, nothing changes but the
-time. Inside `reference_only()` the plain-torch meaning always runs.
+The kernel's result is that of the plain-torch meaning bit for bit, so one may stand for the other at any time: a few steps of
+few elements never wait for a compiler, and where there is none, or a build fails, or a kernel fails its trial, nothing changes
+but the time. Inside `reference_only()` the plain-torch meaning always runs.
 """
 
 from __future__ import annotations

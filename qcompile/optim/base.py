@@ -10,6 +10,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, ClassVar, overload
 
 import torch
@@ -171,7 +172,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
         state["step"] += 1
         step = int(state["step"])
         parts, written = _written(p, group["rounding"] == "stochastic")
-        spec = rule.spec(written, Storage(NAMES[grad.dtype]), tuple(storages.values()))
+        spec = rule.spec(written, _plain(grad.dtype, False), tuple(storages.values()))
         for moment, storage in storages.items():
             parts += map(local_of, state_parts(state, moment, storage))
         numbers = self.numbers(group, step)
@@ -263,7 +264,12 @@ def _written(p: Tensor, stochastic: bool) -> tuple[list[Tensor], Storage]:
     weight = low_bit_of(p)
     if weight is not None:
         return [p, scales_of(p)], replace(weight.storage, stochastic=stochastic)
-    return [local_of(p)], Storage(NAMES[p.dtype], 0, stochastic and p.dtype != torch.float32)
+    return [local_of(p)], _plain(p.dtype, stochastic)
+
+
+@lru_cache(maxsize=16)
+def _plain(dtype: torch.dtype, stochastic: bool) -> Storage:
+    return Storage(NAMES[dtype], 0, stochastic and dtype != torch.float32)
 
 
 def gradient_of(p: Tensor) -> Tensor | None:
