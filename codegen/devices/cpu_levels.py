@@ -6,7 +6,7 @@ rest of an optimizer's step, so kernels use what is known of the maps: from y's 
 * buckets: floats whose upper bits agree. One bucket has one boundary at most, so that a table of buckets and one addition give
   the code. Any instruction set that can gather.
 * lines: runs of boundaries at equal distances are the whole numbers of `slope * |y| + shift`. What comes out within `near`
-  above a whole number is looked for exactly, one element in some ten thousand; all other results are proven here. 32 octaves
+  above a whole number is looked up in buckets, one element in some ten thousand; all other results are proven here. 32 octaves
   and 16 lines are registers of AVX-512, not memory.
 """
 

@@ -143,9 +143,12 @@ template <class L> struct Table {
     UNROLL for (int j = 0; j < 4; j++) {
       const VI bits = bits_of(y[j], (int32_t)((uint32_t)L::LOWEST << L::SHIFT));
       const VI entry = fbits(fgather(isub(ishr<L::SHIFT>(bits), iset(L::LOWEST)), tables<L>.bucket));
-      const VI reached = ishr<L::SHIFT>(iadd(entry, iand(bits, iset((1 << L::SHIFT) - 1))));
-      const VI zero = iset(L::ZERO), below = imax(isub(zero, reached), iset(0));
-      store_8(codes + 16 * j, fbits(fsel(flt(y[j], fset(0.0f)), ffrom(below), ffrom(iadd(zero, reached)))));
+      VI code = ishr<L::SHIFT>(iadd(entry, iand(bits, iset((1 << L::SHIFT) - 1))));  // boundaries reached
+      if constexpr (L::SIGNED) {
+        const VI zero = iset(L::ZERO), below = imax(isub(zero, code), iset(0));
+        code = fbits(fsel(flt(y[j], fset(0.0f)), ffrom(below), ffrom(iadd(zero, code))));
+      }
+      store_8(codes + 16 * j, code);
     }
   }
 
