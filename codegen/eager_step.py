@@ -1,13 +1,14 @@
 """Eager calls of `qcompile::step_` on CPUs run a kernel that is built for their spec.
 
-The kernel's result is that of the plain-torch meaning bit for bit, so one may stand for the other at any time: a step of few
-elements never waits for a compiler, and where there is none, or a build fails, or a kernel fails its trial, nothing changes but
-the time. Inside `reference_only()` the plain-torch meaning always runs.
+The kernel's result is that of the plain-torch meaning bit for bit, so one may stand for the other at any time: a few steps of
+few elements never wait for a compiler, and where there is none, or a build fails, or a kernel fails its trial, nothing changes
+but the time. Inside `reference_only()` the plain-torch meaning always runs.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -27,9 +28,13 @@ Operator = Callable[[Sequence[Tensor], Sequence[Tensor], Tensor, Tensor], None]
 
 # Elements of a call for which a kernel is built: plain torch takes a hundredth of a second for them, a build seconds.
 WORTH_BUILDING = 1 << 18
+# Seconds in plain torch after which smaller calls have one built too. The biases and norms of a model are few elements, but
+# many tensors and thousands of steps: plain torch takes most of a millisecond for each, kernels take 30 for all the rest.
+WORTH_WAITING = 0.1
 
 _LOCK = threading.Lock()
 _OPERATORS: dict[str, Operator | None] = {}  # None: looked for, and there is none
+_WAITED: dict[str, float] = {}  # seconds in plain torch, of specs that nobody has looked for
 
 
 def step_on_cpu(
@@ -38,8 +43,12 @@ def step_on_cpu(
     """`step_` by a kernel built for this processor. Raises "step.operands" for operands that do not fit."""
     if ops.reference_forced():
         return step_reference(state, inputs, hyper, random, spec)
-    if spec not in _OPERATORS and sum(t.numel() for t in state) < WORTH_BUILDING:
-        return step_reference(state, inputs, hyper, random, spec)
+    waited = _WAITED.get(spec, 0.0)
+    if spec not in _OPERATORS and waited < WORTH_WAITING and sum(t.numel() for t in state) < WORTH_BUILDING:
+        begun = time.perf_counter()
+        step_reference(state, inputs, hyper, random, spec)
+        _WAITED[spec] = waited + time.perf_counter() - begun
+        return None
     what = StepSpec.parse(spec)
     operator = operator_of(what)
     if operator is None or what.stochastic != (random is not None):

@@ -35,6 +35,7 @@ from qcompile.codegen.eager_step import equal
 from qcompile.ir.ops import reference_only
 
 SETTINGS = {"lr": 1e-3, "weight_decay": 0.1}
+WARM_UP = 25  # rounds: compilers run in the first, and small tensors get a kernel when plain torch has cost enough
 
 
 def shapes(layers: int) -> list[tuple[int, ...]]:
@@ -131,13 +132,13 @@ def check_rounding() -> None:
 
 def measure(found: list[Contestant], rounds: int) -> list[Result]:
     times: list[list[float]] = [[] for _ in found]
-    for _ in range(rounds + 2):  # the first rounds build and warm up
+    for _ in range(rounds + WARM_UP):
         for each, contestant in zip(times, found, strict=True):
             start = time.perf_counter()
             contestant.step()
             each.append(time.perf_counter() - start)
-    medians = [statistics.median(each[2:]) for each in times]
-    best = [min(each[2:]) for each in times]
+    medians = [statistics.median(each[WARM_UP:]) for each in times]
+    best = [min(each[WARM_UP:]) for each in times]
     return [
         Result(c.name, found[c.base].name, t * 1e3, medians[c.base] / t, best[c.base] / b)
         for c, t, b in zip(found, medians, best, strict=True)

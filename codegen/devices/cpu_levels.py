@@ -6,7 +6,7 @@ rest of an optimizer's step, so kernels use what is known of the maps: from y's 
 * buckets: floats whose upper bits agree. One bucket has one boundary at most, so that a table of buckets and one addition give
   the code. Any instruction set that can gather.
 * lines: runs of boundaries at equal distances are the whole numbers of `slope * |y| + shift`. What comes out within `near`
-  above a whole number is looked for exactly, one element in some ten thousand; all other results are proven here. 32 octaves
+  above a whole number is looked up in buckets, one element in some ten thousand; all other results are proven here. 32 octaves
   and 16 lines are registers of AVX-512, not memory.
 """
 
@@ -35,14 +35,14 @@ def pattern(value: float) -> int:
 
 @dataclass(frozen=True)
 class Lines:
-    """The code of a size s, from its octave and one comparison.
+    """The code of a size s, from its octave: what its pattern shows beyond the lower 23 bits, modulo 32.
 
-    Line number `first[octave]`, or the next one where s has reached `start[octave]`; the code is the whole part of
+    The pattern plus `begin[octave]` shows in the same place, modulo 16, the number of a line: of the one that the octave begins
+    with, or, where a line starts in the octave and s has reached it, of that one. The code is the whole part of
     min(slope * s + shift, most), unless the fraction is below `near`.
     """
 
-    first: tuple[int, ...]
-    start: tuple[float, ...]
+    begin: tuple[int, ...]
     slope: tuple[float, ...]
     shift: tuple[float, ...]
     most: tuple[float, ...]
@@ -138,8 +138,11 @@ def _lines(reached: tuple[float, ...]) -> Lines | None:
     octaves = [min(max((pattern(s) >> 23) - LOWEST, 0), OCTAVES - 1) for s in starts[1:]]
     if len(starts) > LINES or len(set(octaves)) < len(octaves):
         return None
-    first = [sum(o < octave for o in octaves) for octave in range(OCTAVES)]
-    start = [starts[1:][octaves.index(octave)] if octave in octaves else math.inf for octave in range(OCTAVES)]
+    beginning = []
+    for octave in range(OCTAVES):
+        line, exponent = sum(o < octave for o in octaves), (LOWEST + octave) << 23
+        start = pattern(starts[1:][octaves.index(octave)]) if octave in octaves else exponent + (1 << 23)
+        beginning.append((line << 23) + (1 << 23) - max(start, exponent))
     rest = [0.0] * (LINES - len(starts))
     power = 2.0 ** math.ceil(math.log2(near))
-    return Lines(tuple(first), tuple(start), (*slopes, *rest), (*shifts, *rest), (*most, *rest), power)
+    return Lines(tuple(beginning), (*slopes, *rest), (*shifts, *rest), (*most, *rest), power)

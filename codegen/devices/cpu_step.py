@@ -21,7 +21,6 @@ ARGUMENTS = "(Tensor(a!)[] state, Tensor[] inputs, Tensor hyper, Tensor random) 
 TILE = (
     256  # elements, or those of the largest block: what lies between reading and writing stays in the first-level cache
 )
-TILE_RANDOM = 1024  # random bits are made for 128 elements at once, fewer at the ends of a tile
 _OPERATIONS = ("add", "sub", "mul", "div", "neg", "sqrt", "abs", "sign", "maximum", "minimum")
 _FUNCTIONS = {
     **{name: f"s_{name}" for name in (*_OPERATIONS, *(f"where_{name}" for name in COMPARISONS))},
@@ -30,7 +29,7 @@ _FUNCTIONS = {
 SPELLING = Spelling(
     _FUNCTIONS, lambda number: f"fset({literal(number)})", lambda result, text: f"const VF {result} = {text};"
 )
-_STOCHASTIC = {"bf16": "round_bf16", "f16": "round_f16"}
+_STOCHASTIC = {"bf16": "stochastic_bf16", "f16": "stochastic_fp16"}
 
 
 def _array(kind: str, name: str, values: Iterator[str] | list[str]) -> str:
@@ -53,8 +52,8 @@ def format_text(storage: Storage) -> str:
     lines = levels.lines
     text += f"  static constexpr bool LINES = {str(lines is not None).lower()};\n"
     if lines is not None:
-        text += _array("int32_t", "FIRST", map(str, lines.first))
-        for name in ("start", "slope", "shift", "most"):
+        text += _array("int32_t", "BEGIN", map(str, lines.begin))
+        for name in ("slope", "shift", "most"):
             text += _array("float", f"LINE_{name.upper()}", map(literal, getattr(lines, name)))
         text += f"  static constexpr float NEAR = {literal(lines.near)};\n"
     return text + f"}};\nusing {fmt.name}_codes = Table<{fmt.name}_levels>;\n"
@@ -96,19 +95,22 @@ _TORCH = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 
 def tile_of(spec: StepSpec) -> int:
     """Elements of a tile: a multiple of every block."""
-    return max(TILE_RANDOM if spec.stochastic else TILE, *spec.blocks, 0)
+    return max((TILE, *spec.blocks))
 
 
 def _waits(operand: Operand) -> bool:
     """Whether results are kept until the tile is computed."""
-    return operand.written and (not operand.storage.plain or operand.storage.stochastic)
+    return operand.written and not operand.storage.plain
 
 
 def tile_text(spec: StepSpec, at: dict[str, int]) -> str:
-    """The function that computes a tile: 64 elements at a time, then blocks and random rounding."""
-    begin, loads, before, stores, after = [], [], [], [], []
+    """The function that computes a tile: random bits, then 64 elements at a time, then blocks."""
+    begin, loads, before, stores, scales, after = [], [], [], [], [], []
     for i, name in enumerate(spec.hyper):
         begin.append(f"const VF x_{name} = fset(h[{i}]);")
+    if spec.stochastic:
+        begin.append("alignas(64) uint16_t made[TILE + Philox::BATCH];")
+        begin.append("const uint16_t* const bits = random.philox.fill<TILE>(random.offset, made);")
     for o in spec.operands:
         name, storage, k = o.name, o.storage, at[o.name]
         kind, ctype = DTYPES[storage.name] if storage.plain else (f"{storage.name}_codes", "uint8_t")
@@ -131,12 +133,17 @@ def tile_text(spec: StepSpec, at: dict[str, int]) -> str:
             before.append(f"const VF x_{name} = fmul(q_{name}[j], fset(s_{name}[e / {storage.block}]));")
         if o.written:
             value = SPELLING.value(spec.results[name], spec)
-            stores.append(f"fstore(r_{name} + e, {value});" if _waits(o) else f"{kind}::store(a_{name} + e, {value});")
-        if o.written and storage.plain and storage.stochastic:
-            after.append(f"{_STOCHASTIC[storage.name]}(r_{name}, n, random, a_{name});")
-        elif o.written and not storage.plain:
-            random = ", random" if storage.stochastic else ""
-            after.append(f"encode<{kind}, {storage.block}>(r_{name}, n, {codes}, s_{name}{random});")
+            if _waits(o):
+                stores.append(f"fstore(r_{name} + e, {value});")
+            elif storage.stochastic:
+                stores.append(f"store_16(a_{name} + e, {_STOCHASTIC[storage.name]}({value}, load_u16(bits + e)));")
+            else:
+                stores.append(f"{kind}::store(a_{name} + e, {value});")
+        if _waits(o):
+            random = ", bits" if storage.stochastic else ""
+            begin.append(f"float i_{name}[TILE / {storage.block}];")
+            scales.append(f"scale<{kind}, {storage.block}>(r_{name}, n, s_{name}, i_{name});")
+            after.append(f"encode<{kind}, {storage.block}>(r_{name}, i_{name}, {codes}{random});")
             if storage.bits == 4:
                 after.append(f"narrow4(a_{name}, {codes}, n);")
     inner = [*before, *program_lines(spec, SPELLING), *stores]
@@ -151,6 +158,7 @@ def tile_text(spec: StepSpec, at: dict[str, int]) -> str:
         *(f"      {line}" for line in inner),
         "    }",
         "  }",
+        *(f"  {line}" for line in scales),
         *(f"  {line}" for line in after),
         "  (void)h, (void)n, (void)random;",
         "}",

@@ -10,6 +10,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, ClassVar, overload
 
 import torch
@@ -213,7 +214,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
         state["step"] += 1
         step = int(state["step"])
         parts, written = _written(p, work.group["rounding"] == "stochastic")
-        spec = work.rule.spec(written, Storage(NAMES[work.grad.dtype]), tuple(work.storages.values()))
+        spec = work.rule.spec(written, _plain(work.grad.dtype, False), tuple(work.storages.values()))
         for moment, storage in work.storages.items():
             parts += map(local_of, state_parts(state, moment, storage))
         numbers = self.numbers(work.group, step)
@@ -321,7 +322,12 @@ def _written(p: Tensor, stochastic: bool) -> tuple[list[Tensor], Storage]:
     """The tensors of a parameter here, and how a step writes them."""
     if isinstance(p, Codes):
         return [p, p.scales], replace(p.low_bit.storage, stochastic=stochastic)
-    return [local_of(p)], Storage(NAMES[p.dtype], 0, stochastic and p.dtype != torch.float32)
+    return [local_of(p)], _plain(p.dtype, stochastic)
+
+
+@lru_cache(maxsize=16)
+def _plain(dtype: torch.dtype, stochastic: bool) -> Storage:
+    return Storage(NAMES[dtype], 0, stochastic and dtype != torch.float32)
 
 
 def _gradient(p: Tensor, grad: Tensor) -> Tensor:

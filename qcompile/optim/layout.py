@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -152,10 +153,16 @@ def storage_of(layout: Layout, moment: Moment, bits: Bits) -> Storage:
         block = storage.block
         while block > SMALLEST_BLOCK and layout.row % block:
             block //= 2
-        storage = Storage(storage.name, block if layout.row and layout.row % block == 0 else storage.block)
+        storage = _blocked(storage.name, block if layout.row and layout.row % block == 0 else storage.block)
     if numel < SMALL or storage.plain:
         return storage if storage.plain else FLOAT32
     return FLOAT32 if layout.cut and not layout.in_rows(storage) else storage
+
+
+@lru_cache(maxsize=64)
+def _blocked(name: str, block: int) -> Storage:
+    """A storage is checked when it is made, and every step of every parameter asks for some."""
+    return Storage(name, block)
 
 
 def check_bits(bits: object, moments: Sequence[str]) -> None:

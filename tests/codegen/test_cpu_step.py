@@ -266,6 +266,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return operator
 
     monkeypatch.setattr(eager_step, "_OPERATORS", {})
+    monkeypatch.setattr(eager_step, "_WAITED", {})
     monkeypatch.setattr(eager_step, "load_operator", load)
     return asked
 
@@ -281,6 +282,14 @@ def test_large_steps_have_a_kernel(counted: list[str]) -> None:
     assert same(call(large, ADAMW), meant(ADAMW, large))
     assert same(call(small, ADAMW), want)  # now that it is there
     assert len(counted) == 1
+
+
+def test_small_steps_that_add_up_have_a_kernel(counted: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    made = drawn(ADAMW, [1000, 7])
+    monkeypatch.setattr(eager_step, "WORTH_WAITING", 1e-9)
+    for built in (0, 1, 1):
+        assert same(call(made, ADAMW), meant(ADAMW, made))
+        assert len(counted) == built
 
 
 def test_a_kernel_that_fails_its_trial_is_refused(counted: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

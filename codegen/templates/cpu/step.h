@@ -22,7 +22,16 @@ struct Random {
   Philox philox;
   uint64_t offset;  // global index of the tile's first element
 };
-#define BITS_OF [&](int64_t i, int64_t count, const uint16_t* bits) __attribute__((always_inline))
+INL uint32_t float_bits(float x) {
+  uint32_t word;
+  memcpy(&word, &x, sizeof word);
+  return word;
+}
+INL float bits_float(uint32_t word) {
+  float x;
+  memcpy(&x, &word, sizeof x);
+  return x;
+}
 
 // ------------------------------------------------------------------------------------------------------- formats of codes
 // 4 bits, two per byte <-> a byte each.
@@ -46,23 +55,23 @@ INL void narrow4(uint8_t* packed, uint8_t* codes, int n) {
   }
 }
 
+// A format encodes 64 numbers divided by their scale: y in 4 vectors.
 template <int OFFSET, int LOW, int TOP> struct Integers {
   static constexpr float MAX = TOP;
-  static constexpr uint8_t ZERO = OFFSET;
   static INL void decode(VF* q, const uint8_t* codes) {
     UNROLL for (int j = 0; j < 4; j++) q[j] = fcvt(isub(load_u8(codes + 16 * j), iset(OFFSET)));
   }
-  template <int N> static INL void encode(const float* x, float inverse, uint8_t* codes) {
+  static INL void encode(const VF* y, uint8_t* codes) {
     const VF low = fset(LOW), top = fset(TOP);
-    for (int i = 0; i < N; i += 16) {
-      VF y = fmul(fload(x + i), fset(inverse));
-      y = fsel(flt(y, low), low, fsel(flt(top, y), top, y));  // whole numbers: before rounding or after is the same
-      store_8(codes + i, iadd(fround(y), iset(OFFSET)));
+    UNROLL for (int j = 0; j < 4; j++) {  // clipping whole numbers before rounding or after is the same
+      const VF clipped = fsel(flt(y[j], low), low, fsel(flt(top, y[j]), top, y[j]));
+      store_8(codes + 16 * j, iadd(fround(clipped), iset(OFFSET)));
     }
   }
-  static INL uint8_t random(float y, uint32_t bits) {
-    const float r = stochastic_integer(y, bits);
-    return (uint8_t)((int)(r < LOW ? LOW : r > TOP ? TOP : r) + OFFSET);
+  static INL void encode(const VF* y, uint8_t* codes, const uint16_t* bits) {
+    VF whole[4];
+    UNROLL for (int j = 0; j < 4; j++) whole[j] = stochastic_integer(y[j], load_u16(bits + 16 * j));
+    encode(whole, codes);
   }
 };
 
@@ -88,9 +97,12 @@ template <class L> struct Tables {
 };
 template <class L> static const Tables<L> tables;
 
+#if LINES_IN_REGISTERS
+INL VI transposed() { return _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15); }  // 4 x 4
+#endif
+
 template <class L> struct Table {
   static constexpr float MAX = 1.0f;
-  static constexpr uint8_t ZERO = L::ZERO;
   static constexpr int COUNT = Tables<L>::COUNT;
 
   static INL void decode(VF* q, const uint8_t* codes) {
@@ -98,8 +110,7 @@ template <class L> struct Table {
     if constexpr (COUNT == 256) {
       // A level is four bytes, each looked up for 64 codes. The codes in groups of 4 are transposed first, so that what
       // unpacking does to bytes brings them into order.
-      const __m512i turn = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-      const __m512i c = _mm512_permutexvar_epi32(turn, _mm512_loadu_si512(codes));
+      const __m512i c = _mm512_permutexvar_epi32(transposed(), iload(codes));
       const __mmask64 upper = _mm512_movepi8_mask(c);
       __m512i p[4];
       UNROLL for (int b = 0; b < 4; b++) {
@@ -120,70 +131,57 @@ template <class L> struct Table {
     }
   }
 
-  // How many boundaries of sizes y has reached, as a code.
-  static INL VI coded(VI reached, VF y) {
-    if constexpr (!L::SIGNED) return reached;
-    const VI zero = iset(L::ZERO);
-    const VI below = imax(isub(zero, reached), iset(0));
-    return fbits(fsel(flt(y, fset(0.0f)), ffrom(below), ffrom(iadd(zero, reached))));
+  static INL void encode(const VF* y, uint8_t* codes) {
+#if LINES_IN_REGISTERS
+    if constexpr (L::LINES) return encode_by_lines(y, codes);
+#endif
+    encode_by_buckets(y, codes);
   }
   static INL VI bits_of(VF y, int32_t least) { return imax(L::SIGNED ? size_bits(y) : fbits(y), iset(least)); }
 
-  template <int N> static INL void encode(const float* x, float inverse, uint8_t* codes) {
-#if LINES_IN_REGISTERS
-    if constexpr (L::LINES) return encode_by_lines<N>(x, inverse, codes);
-#endif
-    for (int i = 0; i < N; i += 16) {
-      const VF y = fmul(fload(x + i), fset(inverse));
-      const VI bits = bits_of(y, (int32_t)((uint32_t)L::LOWEST << L::SHIFT));
+  static INL void encode_by_buckets(const VF* y, uint8_t* codes) {
+    UNROLL for (int j = 0; j < 4; j++) {
+      const VI bits = bits_of(y[j], (int32_t)((uint32_t)L::LOWEST << L::SHIFT));
       const VI entry = fbits(fgather(isub(ishr<L::SHIFT>(bits), iset(L::LOWEST)), tables<L>.bucket));
-      const VI reached = ishr<L::SHIFT>(iadd(entry, iand(bits, iset((1 << L::SHIFT) - 1))));
-      store_8(codes + i, coded(reached, y));
+      VI code = ishr<L::SHIFT>(iadd(entry, iand(bits, iset((1 << L::SHIFT) - 1))));  // boundaries reached
+      if constexpr (L::SIGNED) {
+        const VI zero = iset(L::ZERO), below = imax(isub(zero, code), iset(0));
+        code = fbits(fsel(flt(y[j], fset(0.0f)), ffrom(below), ffrom(iadd(zero, code))));
+      }
+      store_8(codes + 16 * j, code);
     }
   }
 
 #if LINES_IN_REGISTERS
-  // See cpu_levels.py: what is not beside a whole number is right, and the rest is looked for.
-  template <int N> static INL void encode_by_lines(const float* x, float inverse, uint8_t* codes) {
-    const __m512i first0 = iload(L::FIRST), first1 = iload(L::FIRST + 16);
-    const VF start0 = fload(L::LINE_START), start1 = fload(L::LINE_START + 16);
+  // See cpu_levels.py: what is not beside a whole number is right, and where something is, all 64 are looked up.
+  static INL void encode_by_lines(const VF* y, uint8_t* codes) {
+    const __m512i begin0 = iload(L::BEGIN), begin1 = iload(L::BEGIN + 16);
     const VF slope = fload(L::LINE_SLOPE), shift = fload(L::LINE_SHIFT), most = fload(L::LINE_MOST);
-    const VF near = fset(L::NEAR), factor = fset(inverse);
-    __mmask16 beside[N / 16];
-    uint32_t any = 0;
-    _Pragma("GCC unroll 4") for (int v = 0; v < N / 16; v++) {
-      const VF y = fmul(fload(x + 16 * v), factor);
-      const VI bits = bits_of(y, (127 - 31) << 23), octave = ishr<23>(bits);
-      const VF size = ffrom(bits);
-      const __mmask16 next = _mm512_cmp_ps_mask(size, _mm512_permutex2var_ps(start0, octave, start1), _CMP_GE_OQ);
-      const VI begun = _mm512_permutex2var_epi32(first0, octave, first1);
-      const VI line = _mm512_mask_add_epi32(begun, next, begun, iset(1));
-      VF t = fma(size, _mm512_permutexvar_ps(line, slope), _mm512_permutexvar_ps(line, shift));
+    VF fraction = fset(1.0f);
+    VI reached[4];
+    UNROLL for (int j = 0; j < 4; j++) {
+      const VI bits = bits_of(y[j], (127 - 31) << 23);
+      const VI line = ishr<23>(iadd(bits, _mm512_permutex2var_epi32(begin0, ishr<23>(bits), begin1)));
+      VF t = fma(ffrom(bits), _mm512_permutexvar_ps(line, slope), _mm512_permutexvar_ps(line, shift));
       t = _mm512_min_ps(t, _mm512_permutexvar_ps(line, most));
-      beside[v] = _mm512_cmp_ps_mask(_mm512_reduce_ps(t, 1), near, _CMP_LT_OQ);  // 1: the distance from the floor
-      any |= beside[v];
-      store_8(codes + 16 * v, coded(_mm512_cvttps_epi32(t), y));
+      fraction = _mm512_min_ps(fraction, _mm512_reduce_ps(t, 1));  // 1: the distance from the floor
+      if constexpr (L::SIGNED) t = ffrom(ior(fbits(t), iand(fbits(y[j]), iset(INT32_MIN))));
+      reached[j] = _mm512_cvttps_epi32(t);
     }
-    if (__builtin_expect(any != 0, 0)) look_for<N>(x, inverse, codes, beside);
+    // Packing keeps groups of 4 together, those of the same place in each vector side by side, and ends below at 0.
+    const VI zero = _mm512_set1_epi16(L::ZERO);
+    const VI a = _mm512_add_epi16(_mm512_packs_epi32(reached[0], reached[1]), zero);
+    const VI b = _mm512_add_epi16(_mm512_packs_epi32(reached[2], reached[3]), zero);
+    istore(codes, _mm512_permutexvar_epi32(transposed(), _mm512_packus_epi16(a, b)));
+    if (__builtin_expect(_mm512_cmp_ps_mask(fraction, fset(L::NEAR), _CMP_LT_OQ), 0)) look_up(y, codes);
   }
-  template <int N>
-  static __attribute__((noinline)) void look_for(const float* x, float inverse, uint8_t* codes, const __mmask16* beside) {
-    const uint32_t *begin = L::REACHED, *end = begin + Tables<L>::REACHED;
-    for (int v = 0; v < N / 16; v++)
-      for (uint32_t left = beside[v]; left; left &= left - 1) {
-        const int i = 16 * v + __builtin_ctz(left);
-        const float y = x[i] * inverse;
-        const uint32_t size = float_bits(y) & 0x7fffffff;
-        const int reached = (int)(std::upper_bound(begin, end, size) - begin);
-        codes[i] = (uint8_t)(y < 0 ? std::max(L::ZERO - reached, 0) : L::ZERO + reached);
-      }
-  }
+  static __attribute__((noinline)) void look_up(const VF* y, uint8_t* codes) { encode_by_buckets(y, codes); }
 #endif
 };
 
 // ----------------------------------------------------------------------------------------------------------------- blocks
-// Writes a block's scale; the factor of its elements, 0 where all codes are those of 0.
-template <class F, int BLOCK> INL float inverse_of(const float* x, float* scale) {
+// Writes a block's scale; the factor of its elements. Where all codes are those of 0 the elements become 0.
+template <class F, int BLOCK> INL float inverse_of(float* x, float* scale) {
   VI top = iset(0);
   // Patterns of sizes are in the order of sizes, infinity after all numbers, NaN after infinity.
   _Pragma("GCC unroll 4") for (int i = 0; i < BLOCK; i += 16) top = imax(top, size_bits(fload(x + i)));
@@ -192,39 +190,24 @@ template <class F, int BLOCK> INL float inverse_of(const float* x, float* scale)
   if (largest >= 0x7f800000) s = std::numeric_limits<float>::quiet_NaN();
   else if (s < std::numeric_limits<float>::min()) s = 0.0f;
   *scale = s;
-  return s > 0 ? 1.0f / s : 0.0f;
+  if (__builtin_expect(s > 0, 1)) return 1.0f / s;
+  memset(x, 0, BLOCK * sizeof(float));
+  return 0.0f;
 }
 // Results beyond the last element must not reach its block's scale.
 INL void cut(float* x, int n) {
   for (int i = n; i < TILE; i++) x[i] = 0.0f;
 }
-template <class F, int BLOCK> INL void encode(float* x, int n, uint8_t* codes, float* scales) {
+// Writes the scales of a tile; the factors of its blocks.
+template <class F, int BLOCK> INL void scale(float* x, int n, float* scales, float* inverse) {
   cut(x, n);
-  for (int b = 0; b < TILE / BLOCK; b++) {
-    const float inverse = inverse_of<F, BLOCK>(x + b * BLOCK, scales + b);
-    if (__builtin_expect(inverse > 0, 1)) F::template encode<BLOCK>(x + b * BLOCK, inverse, codes + b * BLOCK);
-    else memset(codes + b * BLOCK, F::ZERO, BLOCK);
+  for (int b = 0; b < TILE / BLOCK; b++) inverse[b] = inverse_of<F, BLOCK>(x + b * BLOCK, scales + b);
+}
+// `bits`: those of the tile's elements, where rounding is stochastic.
+template <class F, int BLOCK, class... Bits> INL void encode(const float* x, const float* inverse, uint8_t* codes, Bits... bits) {
+  for (int i = 0; i < TILE; i += 64) {
+    VF y[4];
+    UNROLL for (int j = 0; j < 4; j++) y[j] = fmul(fload(x + i + 16 * j), fset(inverse[(i + 16 * j) / BLOCK]));
+    F::encode(y, codes + i, bits + i...);
   }
-}
-template <class F, int BLOCK> INL void encode(float* x, int n, uint8_t* codes, float* scales, const Random& random) {
-  cut(x, n);
-  for (int b = 0; b < TILE / BLOCK; b++) {
-    const float inverse = inverse_of<F, BLOCK>(x + b * BLOCK, scales + b);
-    const VF zero = fset(0.0f);
-    for (int i = b * BLOCK; i < (b + 1) * BLOCK; i += 16)
-      fstore(x + i, inverse > 0 ? fmul(fload(x + i), fset(inverse)) : zero);
-  }
-  random.philox.each(n, random.offset, BITS_OF {
-    _Pragma("omp simd") for (int64_t j = 0; j < count; j++) codes[i + j] = F::random(x[i + j], bits[j]);
-  });
-}
-INL void round_bf16(const float* x, int n, const Random& random, uint16_t* out) {
-  random.philox.each(n, random.offset, BITS_OF {
-    _Pragma("omp simd") for (int64_t j = 0; j < count; j++) out[i + j] = stochastic_bf16(x[i + j], bits[j]);
-  });
-}
-INL void round_f16(const float* x, int n, const Random& random, uint16_t* out) {
-  random.philox.each(n, random.offset, BITS_OF {
-    _Pragma("omp simd") for (int64_t j = 0; j < count; j++) out[i + j] = stochastic_fp16(x[i + j], bits[j]);
-  });
 }
