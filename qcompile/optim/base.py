@@ -166,23 +166,23 @@ class LowBitOptimizer(torch.optim.Optimizer):
                 number += 1
                 if p.grad is None:
                     continue
-                storages = self._storages(group, rule, p, check)
-                if isinstance(
-                    p, Scales
-                ):  # zeros: of replicas, or of distributed checkpoints, which want state to read into
-                    self._begin(group, p, storages)
+                layout = layout_of(p)
+                storages = self._storages(group, rule, p, layout, check)
+                if isinstance(p, Scales):  # their gradients are zeros, of replicas or of distributed checkpoints: those
+                    self._begin(group, p, layout, storages)  # want state to read into
                 else:
-                    work.append(_Work(group, rule, p, number, _gradient(p, p.grad), storages))
+                    work.append(_Work(group, rule, p, layout, number, _gradient(p, p.grad), storages))
         self._bits = bits
         calls: dict[tuple[str, torch.device], _Call] = {}
+        rows: dict[tuple[int, int], list[float]] = {}
         for item in work:  # once all of them were looked at
-            self._add(calls, item)
+            self._add(calls, rows, item)
         for (text, _), call in calls.items():
             call.run(text)
 
-    def _storages(self, group: Group, rule: Rule, p: Tensor, check: bool) -> dict[Moment, Storage]:
+    def _storages(self, group: Group, rule: Rule, p: Tensor, layout: Layout, check: bool) -> dict[Moment, Storage]:
         """How each moment of a parameter is stored; `check` that its state, if it has some, is so."""
-        layout, state = layout_of(p), self.state.get(_keeper(p), {})
+        state = self.state.get(_keeper(p), {})
         storages = {moment: storage_of(layout, moment, group["state_bits"]) for moment in rule.moments}
         for moment, storage in storages.items() if check else ():
             if any(key in state for key in (moment.key, f"{moment.key}_codes")):
@@ -196,31 +196,34 @@ class LowBitOptimizer(torch.optim.Optimizer):
                     )
         return storages
 
-    def _begin(self, group: Group, p: Tensor, storages: dict[Moment, Storage]) -> dict[str, Any]:
+    def _begin(self, group: Group, p: Tensor, layout: Layout, storages: dict[Moment, Storage]) -> dict[str, Any]:
         """The state of a parameter; what it does not have yet is made."""
-        layout = layout_of(p)
         state: dict[str, Any] = self.state[_keeper(p)]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
         for moment, storage in storages.items():
-            if not any(key in state for key in (moment.key, f"{moment.key}_codes")):
+            if moment.key not in state and f"{moment.key}_codes" not in state:
                 _tell(layout, moment, storage, group["state_bits"])
                 state.update(new_state(moment, storage, layout, p.device))
         return state
 
-    def _add(self, calls: dict[tuple[str, torch.device], _Call], work: _Work) -> None:
-        """Put a parameter's step into the call of its spec."""
-        p, state = work.p, self._begin(work.group, work.p, work.storages)
+    def _add(
+        self, calls: dict[tuple[str, torch.device], _Call], rows: dict[tuple[int, int], list[float]], work: _Work
+    ) -> None:
+        """Put a parameter's step into the call of its spec. `rows`: the numbers of a group's steps, which are few."""
+        group, state = work.group, self._begin(work.group, work.p, work.layout, work.storages)
         state["step"] += 1
         step = int(state["step"])
-        parts, written = _written(p, work.group["rounding"] == "stochastic")
+        parts, written = _written(work.p, group["rounding"] == "stochastic")
         spec = work.rule.spec(written, _plain(work.grad.dtype, False), tuple(work.storages.values()))
         for moment, storage in work.storages.items():
             parts += map(local_of, state_parts(state, moment, storage))
-        numbers = self.numbers(work.group, step)
+        row = rows.get((id(group), step))
+        if row is None:
+            numbers = self.numbers(group, step)
+            row = rows[id(group), step] = [numbers[name] for name in work.rule.hyper]
         call = calls.setdefault((spec, parts[0].device), _Call(written.stochastic))
-        row = [numbers[name] for name in work.rule.hyper]
-        call.add(parts, work.grad, row, (work.group["seed"], step, work.number, layout_of(p).offset))
+        call.add(parts, work.grad, row, (group["seed"], step, work.number, work.layout.offset))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over state: of this class, or of the optimizer of `torch.optim` that has its name.
@@ -277,6 +280,7 @@ class _Work:
     group: Group
     rule: Rule
     p: Tensor
+    layout: Layout
     number: int
     grad: Tensor
     storages: dict[Moment, Storage]
