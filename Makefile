@@ -26,7 +26,7 @@ install: $(STAMP) ## make .venv and install everything into it
 demo: $(STAMP) ## quantize a language model and measure it (about 12 minutes on 2 cores; ARGS=--quick: 4)
 	$(BIN)/qcompile demo $(ARGS)
 
-train: $(STAMP) ## train a small language model through roundings and with low-bit optimizers (ARGS=--quick)
+train: $(STAMP) ## train a small language model rounded, and with low-bit optimizers (about 19 minutes on 2 cores; ARGS=--quick: 3)
 	$(BIN)/python bench/training/shakespeare.py $(ARGS)
 
 test: $(STAMP) ## run the tests (ARGS="-k name" picks some)
