@@ -20,7 +20,7 @@ from qcompile import compat
 from qcompile.errors import QCError
 from qcompile.ir.stochastic_cast import HALVES
 from qcompile.passes.base import Pass, PassContext
-from qcompile.passes.match import insert, op_name, value_of, writes
+from qcompile.passes.match import insert, op_name, shape_of, value_of, writes
 from qcompile.passes.rewrite.leaves import Leaves
 from qcompile.passes.rewrite.width import asks_for_half, casts_of_nothing, one_width
 from qcompile.runtime.updates import Counter
@@ -143,7 +143,11 @@ def _stores(graph: fx.Graph, targets: Set[fx.Node]) -> None:
     `p.data = new` leave nothing to be rounded here."""
     for node in list(graph.nodes):
         name = op_name(node)
-        if name == "set_" and node.args[0] in targets and len(node.args) == 2:
+        if (
+            name == "set_"
+            and node.args[0] in targets
+            and [shape_of(n) for n in node.args[1:]] == [shape_of(node.args[0])]
+        ):
             node.op, node.target, name = "call_function", torch.Tensor.copy_, "copy_"
         if name in ("copy_", "_foreach_copy_") and not targets.isdisjoint(writes(node)):
             node.args = (node.args[0], fx.map_arg(node.args[1], _uncast), *node.args[2:])
