@@ -147,6 +147,7 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -
     updating = recipe.updates == "stochastic"
     passes: list[Any] = options.passes.apply((*DEFAULT_PASSES, *UPDATE_PASSES) if updating else DEFAULT_PASSES)
     if updating:
+        _keep_compiling()
         learning_rates_as_inputs(gm, inputs)
     work = compat.clone_graph(gm)
     names = [node.name for node in work.graph.nodes if node.op == "placeholder"]
@@ -206,7 +207,6 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -
         with inductor.dumping(options.dump), numbers:
             compiled = compat.compile_fx(work, values, inner_compile=_post(passes, inner, ctx), config=config)
     if ctx.counter is not None:
-        _keep_compiling()
         compiled = Stepping(compiled, list(ctx.random.values()), ctx.counter)
     position = {name: index for index, name in enumerate(names)}
     inputs_by_name = {item.name: item for item in ctx.packed}
@@ -222,7 +222,10 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -
 
 
 def _keep_compiling() -> None:
-    """An update that Dynamo no longer compiles would be rounded to nearest: however often it is another one, it is compiled."""
+    """An update that Dynamo no longer compiles would be rounded to nearest: however often it is another one, it is compiled.
+
+    Those that have nothing to round count too: optimizers of one class share the code of their step, and so the limit.
+    """
     done = compat.leave_room()
     if done >= _MANY and done & (done - 1) == 0:
         warn(

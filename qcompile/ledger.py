@@ -144,7 +144,8 @@ def _with_no_updates(found: Explanation, strict: bool) -> Explanation:
             where=f"{found.graphs} graph(s)" if found.graphs else "no graph was compiled",
             why="; ".join(found.notes) or "the parameters are float32",
             next="make the optimizer without fused=True; where Dynamo has no graph of a step (LBFGS, Adafactor), take an "
-            "optimizer of qcompile.optim",
+            "optimizer of qcompile.optim; where it stopped compiling a step that another backend compiled too often, call "
+            "torch._dynamo.reset() and raise torch._dynamo.config.recompile_limit before the first step",
         )
     return replace(found, notes=(*found.notes, what))
 

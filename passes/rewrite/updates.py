@@ -59,7 +59,7 @@ class Updates(Pass):
             leaves.home.pop(node, None)
         values = [leaves.real[node] for node in targets]
         rows = _supply(gm.graph, ctx, targets, values, Counter(compat.traced_optimizer(values)))
-        _stores(gm.graph, {node for node in leaves.home if leaves.home[node] in rows})
+        _stores(gm.graph, {node for node in leaves.home if leaves.home[node] in rows}, leaves)
         wide = {node: _widened(gm.graph, node) for node in leaves.narrow if any(u.op != "output" for u in node.users)}
         for node, stands in wide.items():
             leaves.stand(stands, node)
@@ -138,19 +138,33 @@ def _widened(graph: fx.Graph, node: fx.Node) -> fx.Node:
     return wide
 
 
-def _stores(graph: fx.Graph, targets: Set[fx.Node]) -> None:
+def _stores(graph: fx.Graph, targets: Set[fx.Node], leaves: Leaves) -> None:
     """What is stored in a parameter is not rounded before, and is stored in place: `p.copy_(new.to(p.dtype))` and
-    `p.data = new` leave nothing to be rounded here."""
+    `p.data = new` leave nothing to be rounded here.
+
+    Raises:
+        QCError: "updates.data" for new data that is another tensor's, or of another shape.
+    """
     for node in list(graph.nodes):
         name = op_name(node)
-        if (
-            name == "set_"
-            and node.args[0] in targets
-            and [shape_of(n) for n in node.args[1:]] == [shape_of(node.args[0])]
-        ):
+        if name == "set_" and node.args[0] in targets:
+            _refuse_foreign_data(node, leaves)
             node.op, node.target, name = "call_function", torch.Tensor.copy_, "copy_"
         if name in ("copy_", "_foreach_copy_") and not targets.isdisjoint(writes(node)):
             node.args = (node.args[0], fx.map_arg(node.args[1], _uncast), *node.args[2:])
+
+
+def _refuse_foreign_data(node: fx.Node, leaves: Leaves) -> None:
+    """`p.data = new` is a copy where p keeps its shape and `new` is nobody else's. (The example of p has the new one.)"""
+    leaf, new = leaves.home[node.args[0]], node.args[1:]  # type: ignore[index]
+    before = leaves.real[leaf]
+    if len(new) != 1 or leaves.home.get(new[0], leaf) is not leaf or shape_of(new[0]) != tuple(before.shape):  # type: ignore[arg-type]
+        raise QCError(
+            "updates.data",
+            f"a parameter {list(before.shape)} is given the data of another tensor, or of another shape",
+            why="what is rounded is written into the parameter, which would not become that tensor",
+            next="do this outside of the compiled step, or write into the parameter by p.copy_(new)",
+        )
 
 
 def _uncast(node: fx.Node) -> fx.Node:

@@ -16,7 +16,6 @@ from qcompile.compat.checkpoints import (
     mark_checkpoint,
     mark_kept,
     mark_recomputed,
-    within_backward,
 )
 from qcompile.compat.cpp import (
     cpp_build,
@@ -37,6 +36,7 @@ from qcompile.compat.dynamo import (
     fake_mode,
     floats_that_stay_tensors,
     graph_mode,
+    is_tracing,
     leave_room,
     placeholder_source,
     skip_module_guards,
@@ -47,7 +47,14 @@ from qcompile.compat.dynamo import (
     without_levels,
 )
 from qcompile.compat.flops import EagerFlops
-from qcompile.compat.gradients import after_backward, backward_pass, hold_any_gradient, joins, replicated_by
+from qcompile.compat.gradients import (
+    after_backward,
+    backward_pass,
+    hold_any_gradient,
+    joins,
+    replicated_by,
+    within_backward,
+)
 from qcompile.compat.inductor import (
     Fingerprint,
     compile_fx,
@@ -145,6 +152,7 @@ __all__ = [
     "inner_compile",
     "is_fake",
     "is_selective",
+    "is_tracing",
     "joins",
     "leave_room",
     "load_cpp_kernel",

@@ -1,12 +1,11 @@
-"""What is computed again in the backward pass: whether that is now, and marks that tell AOTAutograd's partitioner to do so.
+"""Marks that tell AOTAutograd's partitioner to compute a node again in the backward pass instead of keeping its result.
 
-The marks are what `torch.utils.checkpoint` leaves on a graph, and travel with a node's metadata from Dynamo's graph to the
-joint one: a policy, and the number of the checkpointed region. What a region hands to a later one, of a higher number, is kept.
+They are what `torch.utils.checkpoint` leaves on a graph, and travel with a node's metadata from Dynamo's graph to the joint
+one: a policy, and the number of the checkpointed region. What a region hands to a later one, of a higher number, is kept.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -39,8 +38,3 @@ def checkpoint_of(node: fx.Node) -> int | None:
 def is_selective(body: fx.GraphModule) -> bool:
     """Whether the body of a checkpoint decides node by node what is kept (`context_fn`)."""
     return "_checkpoint_context_fn" in body.meta
-
-
-def within_backward() -> bool:
-    """Whether this thread runs a backward pass, where a forward pass is one that a checkpoint computes again."""
-    return torch._C._current_graph_task_id() != -1

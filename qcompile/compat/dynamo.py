@@ -53,6 +53,11 @@ def unlimited_recompiles() -> AbstractContextManager[object]:
     return cast("AbstractContextManager[object]", config.patch(recompile_limit=many, accumulated_recompile_limit=many))
 
 
+def is_tracing() -> bool:
+    """Whether Dynamo, or what compiles its graph, is at work in this thread."""
+    return torch._guards.TracingContext.try_get() is not None
+
+
 def leave_room() -> int:
     """Let Dynamo compile the frame that it compiles now at least once more, for good: it stops at `recompile_limit`, and the
     code then runs as it was written. Returns how often it was compiled before."""

@@ -23,6 +23,11 @@ def backward_pass() -> int:
     return int(torch._C._current_graph_task_id())
 
 
+def within_backward() -> bool:
+    """Whether this thread runs a backward pass, where a forward pass is one that a checkpoint computes again."""
+    return backward_pass() != -1
+
+
 def after_backward(call: Callable[[], None]) -> None:
     """Call once when the backward pass that runs is over, after what was asked for before."""
     torch.autograd.Variable._execution_engine.queue_callback(call)

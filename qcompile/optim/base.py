@@ -6,6 +6,7 @@ one call of `torch.ops.qcompile.step_`. Learning rates and all other numbers are
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -158,7 +159,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def _advance(self) -> None:
         number, work = -1, list[_Work]()
-        bits = [group["state_bits"] for group in self.param_groups]
+        bits = [copy.copy(group["state_bits"]) for group in self.param_groups]  # a mapping may be changed in place
         check = self.__dict__.get("_bits") != bits  # those of the last step; torch pickles no attribute
         for group in self.param_groups:
             rule = self.rule(group)

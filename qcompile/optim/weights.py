@@ -32,6 +32,9 @@ from qcompile.optim.layout import NAMES, SMALL, SMALLEST_BLOCK, Layout
 from qcompile.optim.replicas import average_later, syncing
 
 
+_GRAD: Any = Tensor.grad  # the descriptor
+
+
 class Scales(nn.Parameter):
     """The scales of a weight, float32. They get no gradient; `requires_grad` says whether the weight is trained.
 
@@ -53,6 +56,15 @@ class Codes(nn.Parameter):
 
     low_bit: LowBitWeight
     scales: Scales
+
+    @property
+    def grad(self) -> Tensor | None:
+        """The gradient; while Dynamo looks at the codes there is none: its copy of them would take gradients of bytes alone."""
+        return None if compat.is_tracing() else _GRAD.__get__(self)
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        _GRAD.__set__(self, value)
 
     @property
     def requires_grad(self) -> bool:
@@ -127,7 +139,7 @@ class _Trained(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, scales: Tensor, codes: Codes, low_bit: LowBitWeight, ddp: Any) -> Tensor:
-        ctx.codes, ctx.ddp, ctx.again = codes, ddp, compat.backward_pass() >= 0
+        ctx.codes, ctx.ddp, ctx.again = codes, ddp, compat.within_backward()
         return low_bit.read(codes, scales)
 
     @staticmethod
@@ -191,7 +203,7 @@ class _Originals(parametrize.ParametrizationList):
         low_bit.dtype = dtype
         if grad is not None:
             with torch.no_grad():
-                self.original0.grad = moved(grad)
+                self.original0.grad = fn(grad)
         return self
 
     def _load_from_state_dict(self, *args: Any) -> None:

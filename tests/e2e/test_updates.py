@@ -117,6 +117,60 @@ def test_parameters_that_are_slices_of_one_buffer(graphs: list[Any]) -> None:
         assert_rounded(p.detach(), old[i] - 0.01 * p.grad.float(), old[i], bits_of(p, 7, 1, i))
 
 
+def _data_of_another_shape(p: Tensor, other: Tensor) -> None:
+    p.data = torch.cat([p.data, other[:2]])
+
+
+def _data_from_outside(p: Tensor, other: Tensor) -> None:
+    p.data = other.view(p.shape)
+
+
+@pytest.mark.parametrize("update", [_data_of_another_shape, _data_from_outside])
+def test_data_that_cannot_be_written_into_the_parameter(update: Callable[..., None], graphs: list[Any]) -> None:
+    p, other = nn.Parameter(torch.ones(8, 8).bfloat16()), torch.ones(8, 8).bfloat16()
+    with torch.no_grad(), pytest.raises(QCError, match=r"updates\.data"):
+        compiled(update)(p, other)
+
+
+@pytest.mark.parametrize("form", [torch.channels_last, torch.contiguous_format], ids=["channels_last", "transposed"])
+def test_generated_code_of_other_strides(form: torch.memory_format) -> None:
+    # Inductor chooses the strides of what it computes, and a step takes elements in their order.
+    value = torch.randn(4, 8, 3, 3, generator=torch.Generator().manual_seed(0)).bfloat16().to(memory_format=form)
+    p = nn.Parameter(value.clone() if form is torch.channels_last else value.clone().transpose(0, 1))
+    p.grad = torch.ones_like(p) / 3
+    strides, old = p.stride(), p.detach().float()
+    twin = nn.Parameter(old.clone())
+    twin.grad = p.grad.float()
+    torch.optim.AdamW([twin], lr=0.01).step()
+    compiled(torch.optim.AdamW([p], lr=0.01).step)()
+    assert p.stride() == strides
+    assert not p.is_contiguous()
+    assert_rounded(p.detach(), twin.detach(), old, bits_of(p, 7, 1, 0), True)
+
+
+def test_generated_code_of_an_update_through_a_view() -> None:
+    def update(p: Tensor, g: Tensor) -> None:
+        p.t().add_(g.t(), alpha=0.01)
+
+    p, g = parameters((torch.bfloat16,))[0], torch.ones(7, 5).bfloat16()
+    old = p.detach().float()
+    with torch.no_grad():
+        compiled(update)(p, g)
+    assert_rounded(p.detach(), old + 0.01, old, bits_of(p, 7, 1, 0))
+
+
+def test_steps_that_round_nothing_use_nothing_up(graphs: list[Any]) -> None:
+    for i in range(9):  # they share the code of the step, which Dynamo would compile 8 times
+        wide = nn.Parameter(torch.ones(3 + i))
+        wide.grad = torch.ones_like(wide)
+        compiled(torch.optim.SGD([wide], lr=0.1).step)()
+    p = nn.Parameter(torch.ones(64).bfloat16())
+    p.grad = torch.ones_like(p)
+    opt = torch.optim.SGD([p], lr=2.0**-9)
+    compiled(opt.step)()
+    assert int(opt.param_groups[0][STEPS]) == 1
+
+
 def test_however_often_a_step_is_another_one_it_is_rounded(graphs: list[Any]) -> None:
     # Steps of one class share their code, which Dynamo compiles 8 times and then runs as it is.
     params = [nn.Parameter(torch.ones(64, 3 + i).bfloat16()) for i in range(10)]

@@ -375,3 +375,8 @@ def test_a_step_that_is_refused_changes_nothing() -> None:
     bits = optimizer.param_groups[0]["state_bits"]
     optimizer.param_groups[0]["state_bits"] = 4 if bits == 8 else 8
     unchanged("optim.state-bits")
+    mixed = ours("adamw", params, state_bits={"exp_avg": "dyn8/g256", "exp_avg_sq": "udyn8/g256"})
+    mixed.step()
+    mixed.param_groups[0]["state_bits"]["exp_avg"] = "f32"  # in place
+    with pytest.raises(QCError, match=r"optim\.state-bits"):
+        mixed.step()
