@@ -31,7 +31,6 @@ from qcompile.ir.state import Storage
 from qcompile.optim.layout import NAMES, SMALL, SMALLEST_BLOCK, Layout
 from qcompile.optim.replicas import average_later, syncing
 
-
 _GRAD: Any = Tensor.grad  # the descriptor
 
 
