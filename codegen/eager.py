@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from functools import cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +34,8 @@ from qcompile.ir.matmul import OUT_DTYPES, MatmulSpec, evaluate_epilogue
 
 Operator = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], Sequence[int], int], Tensor]
 Call = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Tensor]
+Spec = TypeVar("Spec")
+Made = TypeVar("Made")
 
 _LOCK = threading.Lock()
 _OPERATORS: dict[KernelSpec, Operator | None] = {}  # None: looked for, and there is none
@@ -133,17 +136,24 @@ def operator_of(spec: KernelSpec) -> Operator | None:
     """The registered kernel of a spec, built and tried on the first request; None where there is none."""
     if spec in _OPERATORS:
         return _OPERATORS[spec]
-    # A thread of its own has no autocast, gradient mode, default device or tracing mode of the caller's; the context
-    # carries Inductor's settings, which decide the flags.
-    context = copy_context()
-    with ThreadPoolExecutor(1, thread_name_prefix="qcompile-eager") as pool:
-        operator, reason = pool.submit(context.run, _made, spec).result()
+    operator, reason = apart(_made, spec)
     with _LOCK:
         if spec not in _OPERATORS:
             _OPERATORS[spec] = operator
             if reason:
                 warn(f"eager calls of qmm run the plain-torch operator, which is slow, for {spec}: {reason}")
         return _OPERATORS[spec]
+
+
+def apart(make: Callable[[Spec], Made], spec: Spec) -> Made:
+    """`make(spec)`, called in a thread of its own.
+
+    It has no autocast, gradient mode, default device or tracing mode of the caller's; the context carries Inductor's settings,
+    which decide the flags.
+    """
+    context = copy_context()
+    with ThreadPoolExecutor(1, thread_name_prefix="qcompile-eager") as pool:
+        return pool.submit(context.run, make, spec).result()
 
 
 def _made(spec: KernelSpec) -> tuple[Operator | None, str]:

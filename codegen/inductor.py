@@ -121,7 +121,9 @@ def install() -> None:
     if _ops.qmm.default not in compat.inductor_lowerings():
         compat.register_lowering(_ops.qmm.default, _lower_qmm)
         compat.register_lowering(_ops.rotate.default, _lower_rotate)
-        compat.register_fallback(_ops.decode.default)
+        for op in (_ops.decode.default, _ops.rounded.default):
+            compat.register_fallback(op)
+        compat.register_fallback(_ops.step_.default, contiguous=True)
 
 
 _DUMP: ContextVar[Path | None] = ContextVar("qcompile_dump", default=None)

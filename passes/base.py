@@ -21,7 +21,9 @@ from qcompile.options import Options
 from qcompile.passes.fingerprint import describe
 from qcompile.plan.plan import Plan
 from qcompile.plan.recipe import Recipe
+from qcompile.runtime.pins import PINS, Pins
 from qcompile.runtime.store import Entry, Store
+from qcompile.runtime.updates import Counter
 
 Stage = Literal["dynamo", "post", "compile"]
 
@@ -64,7 +66,10 @@ class PassContext:
         packing: the layout that kernels of a device read, for activations of a scheme.
         training: whether autograd is recording for this graph.
         packed: graph inputs that `freeze` added.
+        pins: schemes that weights were trained in.
         origins: of each site, by index: the name of the node that it was in Dynamo's graph; while `explain` watches.
+        random: graph inputs with the random words of updated parameters, by name, which `counter` counts.
+        updated: numbers of these parameters, in the order of the rows, by device.
         others: the nodes of that graph that are no site, by name: the operator, and the line it comes from.
     """
 
@@ -77,8 +82,12 @@ class PassContext:
     packing: Callable[[torch.device, Scheme | None], Packing]
     training: bool = False
     packed: list[PackedInput] = field(default_factory=list)
+    pins: Pins = PINS
     origins: dict[int, str] = field(default_factory=dict)
     others: dict[str, tuple[str, str]] = field(default_factory=dict)
+    random: dict[str, torch.Tensor] = field(default_factory=dict)
+    updated: dict[torch.device, list[int]] = field(default_factory=dict)
+    counter: Counter | None = None
 
 
 class Pass:

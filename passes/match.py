@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import FunctionType
 from typing import Any
 
@@ -116,11 +116,12 @@ def insert(graph: fx.Graph, target: Callable[..., Any], *args: Any, like: fx.Nod
     """Add a call at the graph's insert point; source location from `like`, example value computed on
     fakes."""
     node = graph.call_function(target, args, kwargs)
-    for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "custom", ORIGIN):
+    for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "custom", ORIGIN, *compat.RECOMPUTE_MARKS):
         if key in like.meta:
             node.meta[key] = like.meta[key]
     values = fx.map_arg((args, kwargs), lambda n: value_of(n))
-    with compat.fake_mode(graph):
+    # Nothing is recorded: what the user hangs on saved tensors is not for these.
+    with compat.fake_mode(graph), torch.no_grad():
         node.meta["example_value"] = target(*values[0], **values[1])
     return node
 
@@ -242,9 +243,9 @@ def bodies(node: fx.Node) -> list[tuple[fx.GraphModule, dict[fx.Node, Any]]]:
     return found
 
 
-def written_placeholders(body: fx.GraphModule) -> list[fx.Node]:
-    """The inputs that a graph writes to, also through views."""
-    operands = {operand for node in body.graph.nodes for operand in writes(node)}
+def written_placeholders(body: fx.GraphModule, but: Collection[str] = ()) -> list[fx.Node]:
+    """The inputs that a graph writes to, also through views; what operators of the names `but` write is left out."""
+    operands = {operand for node in body.graph.nodes if op_name(node) not in but for operand in writes(node)}
     memory = {memory_of(operand) for operand in operands}
     inputs = [node for node in body.graph.nodes if node.op == "placeholder"]
     return [node for node in inputs if node in operands or memory_of(node) in memory or None in memory]

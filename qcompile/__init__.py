@@ -12,7 +12,21 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from qcompile.api import Conversion, Explanation, compile, convert, default_passes, explain, load, refresh, save
+    from qcompile.api import (
+        Conversion,
+        Explanation,
+        Preparation,
+        compile,
+        convert,
+        default_passes,
+        explain,
+        learned_scales,
+        load,
+        prepare,
+        refresh,
+        save,
+        trained_recipe,
+    )
     from qcompile.errors import QCError, QCWarning
     from qcompile.ir.scheme import Scheme
     from qcompile.options import Options
@@ -24,11 +38,15 @@ _HOMES = {
     "convert": "api",
     "default_passes": "api",
     "explain": "api",
+    "learned_scales": "api",
     "load": "api",
+    "prepare": "api",
     "refresh": "api",
     "save": "api",
+    "trained_recipe": "api",
     "Conversion": "api",
     "Explanation": "api",
+    "Preparation": "api",
     "QCError": "errors",
     "QCWarning": "errors",
     "Scheme": "ir.scheme",
@@ -44,11 +62,13 @@ def __getattr__(name: str) -> object:
     # Lazy: importing the backend loads Inductor, which a reader of `qcompile.Scheme` does not need.
     if name in _HOMES:
         return getattr(importlib.import_module(f"qcompile.{_HOMES[name]}"), name)
+    if name == "optim":  # as torch.optim is there after `import torch`
+        return importlib.import_module("qcompile.optim")
     raise AttributeError(f"module 'qcompile' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted({*globals(), *_HOMES, "optim"})
 
 
 importlib.import_module("qcompile.operators").arrange()  # torch.ops.qcompile.*, now or when torch is imported
@@ -60,6 +80,7 @@ __all__ = [
     "Options",
     "Pass",
     "PassContext",
+    "Preparation",
     "QCError",
     "QCWarning",
     "Recipe",
@@ -70,7 +91,10 @@ __all__ = [
     "convert",
     "default_passes",
     "explain",
+    "learned_scales",
     "load",
+    "prepare",
     "refresh",
     "save",
+    "trained_recipe",
 ]

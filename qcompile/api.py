@@ -13,12 +13,13 @@ from torch import nn
 from qcompile import compat
 from qcompile.backend import DEFAULT_PASSES
 from qcompile.backend import qcompile as backend
-from qcompile.conversion import Conversion, convert, module_of
+from qcompile.conversion import Conversion, convert, module_of, trained_recipe
 from qcompile.errors import QCError
 from qcompile.ledger import Explanation, explain
 from qcompile.options import Options
 from qcompile.passes.base import Stage
 from qcompile.plan.recipe import Recipe
+from qcompile.preparation import Preparation, learned_scales, prepare
 from qcompile.runtime.store import STORE
 from qcompile.serialize import load, save
 
@@ -96,11 +97,15 @@ __all__ = [
     "Conversion",
     "Explanation",
     "PassInfo",
+    "Preparation",
     "compile",
     "convert",
     "default_passes",
     "explain",
+    "learned_scales",
     "load",
+    "prepare",
     "refresh",
     "save",
+    "trained_recipe",
 ]

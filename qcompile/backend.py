@@ -6,11 +6,14 @@ detect         sites, with a reason where nothing can be done
 resolve        the recipe names schemes, the lowerings say whether they pay
 merge          sites that read one input become one matmul
 freeze         weights are encoded once; packed tensors become inputs
+fake_quant     weights that are trained are rounded where they are read
 (AOTAutograd)  functional ATen graph
 pieces         a merged matmul's results are read where they lie
 epilogue       bias, activation, gate and residual move into the matmul
 outline        repeated layers are compiled once
 (Inductor)     generated kernels
+
+Where the recipe rounds updates stochastically, `numbers` and `updates` stand behind freeze, and `steps` behind epilogue.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import astuple, dataclass, field
 from functools import lru_cache
@@ -43,15 +46,20 @@ from qcompile.passes.freeze.freeze import Freeze
 from qcompile.passes.late.epilogue import Epilogue
 from qcompile.passes.late.outline_pass import Outline
 from qcompile.passes.late.pieces import Pieces
+from qcompile.passes.late.steps import Steps
 from qcompile.passes.manager import PassManager
 from qcompile.passes.match import ORIGIN
 from qcompile.passes.rewrite.attention import GroupQueries
+from qcompile.passes.rewrite.fake_quant import FakeQuant
 from qcompile.passes.rewrite.merge import Merge
+from qcompile.passes.rewrite.numbers import Numbers
 from qcompile.passes.rewrite.resolve import Resolve, warn_notes
+from qcompile.passes.rewrite.updates import Updates, learning_rates_as_inputs
 from qcompile.plan.plan import Plan
 from qcompile.plan.recipe import Recipe
 from qcompile.runtime.frozen import FrozenCall, Slot
 from qcompile.runtime.store import STORE
+from qcompile.runtime.updates import Stepping
 from qcompile.verify import verifying
 
 DEFAULT_PASSES: tuple[Pass, ...] = (
@@ -61,10 +69,13 @@ DEFAULT_PASSES: tuple[Pass, ...] = (
     Resolve(),
     Merge(),
     Freeze(),
+    FakeQuant(),
     Pieces(),
     Epilogue(),
     Outline(),
 )
+# Those of a recipe that says how updated parameters are rounded. `freeze` put its inputs first; theirs come before these.
+UPDATE_PASSES: tuple[Pass, ...] = (Numbers(), Updates(), Steps())
 
 
 # Defaults that a user's own setting overrides. Stride checks of every input cost a tenth of a decode step;
@@ -133,7 +144,11 @@ def _raiser(error: QCError) -> Callable[..., Any]:
 def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
     """`qcompile` with checked options."""
     recipe, trace = Recipe.of(options.recipe), _TRACE.get()
-    passes: list[Any] = options.passes.apply(DEFAULT_PASSES)
+    updating = recipe.updates == "stochastic"
+    passes: list[Any] = options.passes.apply((*DEFAULT_PASSES, *UPDATE_PASSES) if updating else DEFAULT_PASSES)
+    if updating:
+        _keep_compiling()
+        learning_rates_as_inputs(gm, inputs)
     work = compat.clone_graph(gm)
     names = [node.name for node in work.graph.nodes if node.op == "placeholder"]
     if trace is not None and trace.run == "float":
@@ -159,11 +174,13 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -
         trace.contexts.append(ctx)
     warn_notes(ctx)
 
-    kept = [n for n in work.graph.nodes if n.op == "placeholder" and n.name in ctx.inputs]
-    packed = [n for n in work.graph.nodes if n.op == "placeholder" and n.name not in ctx.inputs]
+    placeholders = [n for n in work.graph.nodes if n.op == "placeholder"]
+    kept = [n for n in placeholders if n.name in ctx.inputs]
+    made = [n for n in placeholders if n.name not in ctx.inputs]
+    packed = [n for n in made if n.name not in ctx.random]
     run = trace.run if trace is not None else "compiled"
     if run == "float":
-        errors = [made.entry.error for made in ctx.packed if made.entry.error is not None]
+        errors = [item.entry.error for item in ctx.packed if item.entry.error is not None]
         if errors:
             raise copy.copy(errors[0])
         return gm.forward
@@ -179,15 +196,18 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -
         if options.verify:
             inner = verifying(inner, ctx)
         values = [
-            *(compat.compile_example(n.meta["example_value"]) for n in packed),
+            *(compat.compile_example(n.meta["example_value"]) for n in made),
             *(ctx.inputs[n.name] for n in kept),
         ]
         # A cached graph generates no kernels: there would be nothing to dump, and what is verified would not be what runs.
         uncached = {"force_disable_caches": True} if options.dump or options.verify else {}
         config = {**_CONFIG, **uncached, **options.inductor}
         config = compat.Fingerprint.patch(fingerprint(passes, ctx, devices), config)
-        with inductor.dumping(options.dump):
+        numbers = compat.floats_that_stay_tensors(work.graph) if updating else nullcontext()
+        with inductor.dumping(options.dump), numbers:
             compiled = compat.compile_fx(work, values, inner_compile=_post(passes, inner, ctx), config=config)
+    if ctx.counter is not None:
+        compiled = Stepping(compiled, list(ctx.random.values()), ctx.counter)
     position = {name: index for index, name in enumerate(names)}
     inputs_by_name = {item.name: item for item in ctx.packed}
     slots = [
@@ -199,6 +219,23 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -
     if not slots and len(kept) == len(names):
         return compiled
     return FrozenCall(compiled, slots, [position[n.name] for n in kept], STORE)
+
+
+def _keep_compiling() -> None:
+    """An update that Dynamo no longer compiles would be rounded to nearest: however often it is another one, it is compiled.
+
+    Those that have nothing to round count too: optimizers of one class share the code of their step, and so the limit.
+    """
+    done = compat.leave_room()
+    if done >= _MANY and done & (done - 1) == 0:
+        warn(
+            f"an update that is rounded stochastically was compiled {done} times, each of which takes seconds. Keep what "
+            "changes from step to step in tensors (`lr` may be a number) and give an optimizer all of its parameters; "
+            "TORCH_LOGS=recompiles tells what was new"
+        )
+
+
+_MANY = 8  # the most often that Dynamo compiles other code
 
 
 def release(ctx: PassContext) -> None:

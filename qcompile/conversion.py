@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fnmatch
 import gc
+import glob
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,13 +27,16 @@ from qcompile import compat
 from qcompile.codegen import inductor
 from qcompile.errors import QCError, warn
 from qcompile.ir.codec import quantize, refuse_nonfinite
-from qcompile.ir.scheme import PACKINGS
+from qcompile.ir.scheme import PACKINGS, Scheme
 from qcompile.packed import FLOATS, PackedParts, PackedWeight, attach, packed_weights, parametrized
 from qcompile.passes.detect.sites import is_head
-from qcompile.passes.rewrite.resolve import refuse_ragged
+from qcompile.passes.rewrite.resolve import TRAINED, refuse_ragged
 from qcompile.plan.recipe import Choice, Recipe
+from qcompile.plan.rule import Rule
 from qcompile.plan.site import Site
 from qcompile.plan.table import Printed, size_unit
+from qcompile.rounded import rounded_weight
+from qcompile.runtime.pins import PINS
 from qcompile.runtime.store import ordinary_tensors, warn_clamped
 
 
@@ -119,7 +123,7 @@ def convert(model: nn.Module, recipe: Any = "auto", *, strict: bool = False) -> 
     """
     rules, done, kept = Recipe.of(recipe), [], []
     choices: dict[str, Choice] = {}
-    groups = _owners_by_weight(module_of(model))
+    groups = owners_by_weight(module_of(model))
     for weight, owners in groups:
         _check(weight, owners, rules, strict)
     others = list(_others(module_of(model), {id(weight) for weight, _ in groups}))
@@ -131,11 +135,16 @@ def convert(model: nn.Module, recipe: Any = "auto", *, strict: bool = False) -> 
         first = owners[0]
         refused = next((owner.refused for owner in owners if owner.refused), "")
         try:
-            site = _site(weight, owners)
-            choice = rules.resolve(site, None if refused else lambda: _rows(weight, first))  # noqa: B023
+            site = site_of(weight, owners)
+            choice = rules.resolve(site, None if refused else lambda: rows_of(weight, first))  # noqa: B023
         except QCError as error:
             raise error.at(first.path) from error
         choices[site.path] = choice
+        if (pin := PINS.of(weight, site.kind, rules.fingerprint())) is not None:
+            reason = "" if pin.weight else f"float, {TRAINED}"
+            choice = replace(choice, weight=pin.weight, act=pin.act, fit=pin.fit, reason=reason)
+        if (prepared := rounded_weight(first.module)) is not None:  # the scheme is the one it was trained in
+            choice = replace(choice, weight=Scheme.parse(prepared[1].scheme), reason="")
         if choice.weight is None or refused:
             kept += [(owner.path, choice.reason if choice.weight is None else refused) for owner in owners]
             continue
@@ -144,11 +153,16 @@ def convert(model: nn.Module, recipe: Any = "auto", *, strict: bool = False) -> 
         scheme = choice.weight
         if scheme.packing == PACKINGS[0]:
             scheme = replace(scheme, packing=inductor.packing(weight.device, choice.act))
-        parts = quantize(_rows(weight, first), scheme, fit=choice.fit)
+        rounded = rounded_weight(first.module)
+        parts = quantize(
+            rows_of(weight, first), scheme, qparams=None if rounded is None else rounded[1].scales(), fit=choice.fit
+        )
         warn_clamped(parts, scheme, first.n, first.path)
         act = str(choice.act) if choice.act is not None else ""
         before = weight.numel() * weight.element_size()
         for owner in owners:
+            if rounded is not None:
+                parametrize.remove_parametrizations(owner.module, "weight", leave_parametrized=False)
             attach(
                 owner.module,
                 PackedWeight(
@@ -172,19 +186,54 @@ def convert(model: nn.Module, recipe: Any = "auto", *, strict: bool = False) -> 
     return Conversion(tuple(done), tuple(kept), tuple(notes))
 
 
+def trained_recipe(model: nn.Module, recipe: Any = "auto") -> Recipe:
+    """The recipe with what it chose by the values of weights (`min_sqnr`) when their training began, as rules by path.
+
+    The process that trained knows these choices. Another one, which resumes the training or deploys its result, would choose
+    anew, by the values that the weights have then: keep this recipe with the checkpoint, `json.dump(made.to_json(), file)`.
+
+    Args:
+        model: a module that was trained under the backend or prepared, or `torch.compile` of one; before `convert`.
+        recipe: the one it was trained with.
+
+    Returns:
+        Rules for these weights, then those of the recipe; the recipe itself where no choice depended on values.
+
+    Raises:
+        QCError: "model.none" for a function.
+    """
+    rules, fixed = Recipe.of(recipe), []
+    for weight, owners in owners_by_weight(module_of(model)):
+        at, prepared = site_of(weight, owners), rounded_weight(owners[0].module)
+        # A table that is also multiplied with has sites of both kinds.
+        for kind in dict.fromkeys((at.kind, *("embedding" for o in owners if isinstance(o.module, nn.Embedding)))):
+            site = replace(at, kind=kind)
+            pin = PINS.of(weight, kind, rules.fingerprint())
+            if len(rules.asks(site)) < 2 or (pin is None and prepared is None):
+                continue
+            scheme = Scheme.parse(prepared[1].scheme) if prepared else pin.weight if pin else None
+            if scheme is None:
+                fixed.append(Rule(None, path=glob.escape(owners[0].path), kind=(kind,)))
+                continue
+            known = rules.resolve(replace(site, weight_dtype=str(scheme)), packed=scheme)
+            act, fit = (pin.act, pin.fit) if pin else (known.act, known.fit)
+            how = prepared[1].estimator if prepared else known.estimator
+            fixed.append(
+                Rule(scheme, act, glob.escape(owners[0].path), (kind,), fit=fit, estimator=how, grad=known.grad)
+            )
+    return replace(rules, rules=(*fixed, *rules.rules), name=f"{rules.name}, as trained") if fixed else rules
+
+
 def _check(weight: torch.Tensor, owners: Sequence[_Owner], rules: Recipe, strict: bool) -> None:
     """Raise what `convert` would raise for a weight, before any other one has been given up."""
     first, refused = owners[0], next((owner.refused for owner in owners if owner.refused), "")
-    choice = rules.resolve(_site(weight, owners))
-    if choice.weight is None:
+    choice = rules.resolve(site_of(weight, owners))
+    if choice.weight is None and rounded_weight(first.module) is None:
         return
     if refused and strict:
         raise QCError("convert.strict", "weight cannot be converted", where=first.path, why=refused)
     if not refused:
-        try:
-            refuse_nonfinite(_rows(weight, first))
-        except QCError as error:
-            raise error.at(first.path) from error
+        refuse_nonfinite(rows_of(weight, first), first.path)
 
 
 def module_of(model: Any) -> nn.Module:
@@ -208,11 +257,13 @@ def keeps_transposed(module: nn.Module) -> bool:
 _IN_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
-def _owners_by_weight(model: nn.Module) -> list[tuple[torch.Tensor, list[_Owner]]]:
+def owners_by_weight(model: nn.Module) -> list[tuple[torch.Tensor, list[_Owner]]]:
     """Every candidate weight with all modules that hold it; one that cannot be converted carries a reason."""
     groups: dict[int, tuple[torch.Tensor, list[_Owner]]] = {}
     others: dict[int, str] = {}  # parameters in other places: packing them there would untie what is tied
     for path, module in model.named_modules(remove_duplicate=True):
+        if isinstance(module, parametrize.ParametrizationList) and "original" in module._parameters:
+            continue  # what stands behind a parametrized weight is looked at with the module that has the weight
         candidate = isinstance(module, (nn.Linear, nn.Embedding)) or keeps_transposed(module)
         for name, weight, refused in _matrices(module, candidate):
             n, k = (int(weight.shape[0]), int(weight.shape[-1])) if weight.dim() else (1, 1)
@@ -244,6 +295,8 @@ def _matrices(module: nn.Module, candidate: bool) -> Iterator[tuple[str, torch.T
         elif isinstance(module, nn.Embedding) and module.max_norm is not None:
             refused = "max_norm renormalizes the table in place on every call"
         yield "weight", weight, refused
+    elif candidate and (rounded := rounded_weight(module)) is not None:
+        yield "weight", rounded[0], ""
     elif candidate and not isinstance(parametrized(module).get("weight"), PackedParts):
         # weight_norm and its like: a matrix of the weight's shape stands for it in the report.
         made = max(module.parameters(), key=lambda p: p.numel(), default=torch.empty(0))
@@ -281,11 +334,11 @@ def _others(model: nn.Module, seen: set[int]) -> Iterator[tuple[str, str]]:
                 yield f"{path}.{name}" if path else name, reason
 
 
-def _rows(weight: torch.Tensor, owner: _Owner) -> torch.Tensor:
+def rows_of(weight: torch.Tensor, owner: _Owner) -> torch.Tensor:
     return weight.detach().t() if owner.transposed else weight.detach()
 
 
-def _site(weight: torch.Tensor, owners: Sequence[_Owner]) -> Site:
+def site_of(weight: torch.Tensor, owners: Sequence[_Owner]) -> Site:
     """The site that the backend would see; a table that is also multiplied with follows the head's rule."""
     first = owners[0]
     looked_up = any(isinstance(owner.module, nn.Embedding) for owner in owners)

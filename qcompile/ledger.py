@@ -25,7 +25,6 @@ from qcompile.calls import Calls, Graph
 from qcompile.errors import QCError
 from qcompile.options import Options
 from qcompile.passes.base import PassContext
-from qcompile.passes.rewrite.resolve import training_notes
 from qcompile.plan.explanation import Explanation, Row, coverage
 from qcompile.plan.names import names_of, owner_of
 from qcompile.plan.plan import Decision
@@ -55,7 +54,8 @@ def explain(
 
     Raises:
         QCError: what the backend would raise for these inputs; with `strict` also "explain.eager" when contractions ran
-            in eager mode, outside of every graph, which no backend sees; "explain.option" for an option given as a
+            in eager mode, outside of every graph, which no backend sees, and "explain.updates" when the recipe rounds updates
+            stochastically and no graph has any; "explain.option" for an option given as a
             keyword that the model does not take.
     """
     settings = Options.parse(options) if recipe is None else Options.parse(options, recipe=recipe)
@@ -92,6 +92,8 @@ def explain(
             for graph in graphs:
                 graph.forget()
         found = _with_eager_parts(found, breaks, eager, settings.strict)
+        if Recipe.of(settings.recipe).updates == "stochastic" and all(ctx.counter is None for ctx in trace.contexts):
+            found = _with_no_updates(found, settings.strict)
         return replace(found, recipe=name, notes=(*found.notes, *notes))
 
 
@@ -130,6 +132,22 @@ def _with_eager_parts(found: Explanation, breaks: list[str], eager: compat.Eager
         which = ", ".join(eager.uncounted)
         notes.append(f"not counted: {which} ran outside of every graph; if it contracts anything, coverage is less")
     return replace(found, rows=rows, coverage=coverage(rows), notes=tuple(notes))
+
+
+def _with_no_updates(found: Explanation, strict: bool) -> Explanation:
+    """Add that nothing is rounded stochastically though the recipe asks for it, which `strict` refuses."""
+    what = "no graph updates a parameter of 16 bits: nothing is rounded stochastically"
+    if strict:
+        raise QCError(
+            "explain.updates",
+            what,
+            where=f"{found.graphs} graph(s)" if found.graphs else "no graph was compiled",
+            why="; ".join(found.notes) or "the parameters are float32",
+            next="make the optimizer without fused=True; where Dynamo has no graph of a step (LBFGS, Adafactor), take an "
+            "optimizer of qcompile.optim; where it stopped compiling a step that another backend compiled too often, call "
+            "torch._dynamo.reset() and raise torch._dynamo.config.recompile_limit before the first step",
+        )
+    return replace(found, notes=(*found.notes, what))
 
 
 def _check_keywords(target: Any, given: Mapping[str, Any]) -> None:
@@ -246,11 +264,13 @@ def _notes(contexts: list[PassContext], unused: dict[str, Rule], lines: Sequence
     """Remarks of all graphs, each once; weights that stay float for one common reason are counted."""
     notes: dict[str, None] = {}
     for number, ctx in enumerate(contexts):
-        training = training_notes(ctx.plan)
+        trained = sum(decision.trained for decision in ctx.plan)
         where = f"graph {number}: " if len(contexts) > 1 else ""
-        notes |= dict.fromkeys(where + note for note in ctx.plan.notes if note not in training)
-        if training:
-            notes[f"{where}{len(training)} weights stay float: autograd is recording, so they may be trained"] = None
+        notes |= dict.fromkeys(where + note for note in ctx.plan.notes)
+        if trained:
+            notes[
+                f"{where}autograd is recording: {trained} weights stay float parameters and are rounded in every call"
+            ] = None
         if overruled := ctx.plan.overruled(ctx.recipe):
             notes[where + overruled] = None
     paths = {decision.site.path: None for ctx in contexts for decision in ctx.plan}

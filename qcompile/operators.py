@@ -13,12 +13,14 @@ from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qcompile.errors import warn
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Result = TypeVar("Result")
 
 
 def arrange() -> None:
@@ -67,6 +69,33 @@ def _register() -> None:
 
     ops.LIBRARY.impl("qmm", _from_the_first_call(_on_cpu), "CPU")
     ops.LIBRARY.impl("qmm", _from_the_first_call(_on_gpu), "CUDA")
+    ops.LIBRARY.impl("fit_qparams", _from_the_first_call(_fit_on_cpu), "CPU")
+    ops.LIBRARY.impl("step_", _from_the_first_call(_step_on_cpu), "CPU")
+    ops.LIBRARY.impl("step_", _from_the_first_call(_step_by_triton), "CUDA")
+
+
+def _fit_on_cpu() -> Callable[..., list[Tensor]]:
+    from qcompile.codegen.eager_fit import fit_on_cpu
+
+    return fit_on_cpu
+
+
+def _step_on_cpu() -> Callable[..., None]:
+    from qcompile import compat
+    from qcompile.codegen.devices.triton_step import step_
+    from qcompile.codegen.eager_step import step_on_cpu
+
+    def step(state: Any, inputs: Any, hyper: Tensor, random: Tensor | None, spec: str) -> None:
+        """C++, or Triton's interpreter where it is asked for."""
+        (step_ if compat.writes_triton(hyper.device) else step_on_cpu)(state, inputs, hyper, random, spec)
+
+    return step
+
+
+def _step_by_triton() -> Callable[..., None]:
+    from qcompile.codegen.devices.triton_step import step_
+
+    return step_
 
 
 def _on_cpu() -> Callable[..., Tensor]:
@@ -81,14 +110,14 @@ def _on_gpu() -> Callable[..., Tensor]:
     return qmm_on_gpu
 
 
-def _from_the_first_call(find: Callable[[], Callable[..., Tensor]]) -> Callable[..., Tensor]:
+def _from_the_first_call(find: Callable[[], Callable[..., Result]]) -> Callable[..., Result]:
     """A function that is looked for when it is first called."""
-    kernel: Callable[..., Tensor] | None = None
+    kernel: Callable[..., Result] | None = None
 
-    def call(x: Tensor, parts: Sequence[Tensor], extras: Sequence[Tensor], spec: str) -> Tensor:
+    def call(*operands: Any) -> Result:
         nonlocal kernel
         if kernel is None:
             kernel = find()
-        return kernel(x, parts, extras, spec)
+        return kernel(*operands)
 
     return call

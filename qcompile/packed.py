@@ -239,6 +239,12 @@ def _tell_of_float(module: nn.Module, state_dict: dict[str, Any], prefix: str, *
                 "the state dict holds float weights that are packed in the model, and they are not loaded: call "
                 "load_state_dict before qcompile.convert, or assign each module.weight"
             )
+    scale = f"{prefix}input_rounding."
+    if "input_rounding" not in module._modules and any(name.startswith(scale) for name in state_dict):
+        warn(
+            f"the state dict holds a static scale, {scale}*, and the module has none: call qcompile.prepare(model, recipe, "
+            "activations=...) before qcompile.convert, or use qcompile.save and qcompile.load, which need neither"
+        )
 
 
 def packed_weights(model: nn.Module) -> list[tuple[str, nn.Module, PackedWeight]]:

@@ -24,9 +24,12 @@ from torch import nn
 from qcompile.conversion import keeps_transposed, module_of
 from qcompile.errors import QCError, warn
 from qcompile.ir.codec import check_parts, part_names
+from qcompile.ir.estimators import estimator_of
 from qcompile.ir.fit import FITS
+from qcompile.ir.granularity import PerTensor
 from qcompile.ir.scheme import PACKINGS, Packing, Scheme
 from qcompile.packed import FLOATS, PackedWeight, attach, packed_weights
+from qcompile.rounded import RoundedInput, attach_input, detach_input, has_rounded_input, rounded_inputs
 from qcompile.runtime.store import ordinary_tensors
 
 VERSION = 1
@@ -89,7 +92,12 @@ def save(model: nn.Module, path: str | Path) -> Path:
         }
         for module, _, item in packed
     }
-    manifest = {"version": VERSION, "weights": schemes, "aliases": aliases}
+    manifest: dict[str, Any] = {"version": VERSION, "weights": schemes, "aliases": aliases}
+    if inputs := rounded_inputs(model):
+        manifest["inputs"] = {
+            module: {"scheme": item.scheme, "estimator": item.estimator, "momentum": item.momentum}
+            for module, _, item in inputs
+        }
     # Replaced as whole files: a model that was loaded from this folder still reads the old one.
     try:
         with tempfile.TemporaryDirectory(dir=folder) as fresh:
@@ -107,7 +115,8 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     """Fill a model of the same architecture from what `save` wrote, in place.
 
     Args:
-        model: float, or on the meta device, in the dtypes of the saved one; its own weights are dropped unread.
+        model: float, or on the meta device, in the dtypes of the saved one; its own weights are dropped unread. Static scales
+            of inputs come with the file: it need not be prepared.
         path: the folder.
 
     Returns:
@@ -146,7 +155,13 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
         aliases, weights = (_entry(manifest, key, dict, str(folder / MANIFEST)) for key in ("aliases", "weights"))
         reader = _Reader(tensors, {name: _entry(aliases, name, str, "aliases") for name in aliases})
         packed = [_packed(target, name, entry, reader) for name, entry in weights.items()]
-        plain = _plain(target, packed, reader)
+        inputs = _entry(manifest, "inputs", dict, str(folder / MANIFEST), {})
+        rounded = [_rounded(target, name, entry, reader) for name, entry in inputs.items()]
+        plain = _plain(target, packed, rounded, reader)
+    for _, module, rounding in rounded:
+        if has_rounded_input(module):
+            detach_input(module)
+        attach_input(module, rounding)
     for item in packed:
         attach(item.module, item.weight, item.parts)
     made: dict[int, nn.Parameter] = {}
@@ -229,12 +244,7 @@ def _packed(model: nn.Module, path: str, entry: Any, reader: _Reader) -> _Packed
     where = path or "the model itself"
     if type(entry) is not dict:
         raise QCError("load.manifest", f"{entry!r} instead of a weight's entry", where=where, next="save it again")
-    try:
-        module = model.get_submodule(path)
-    except AttributeError as error:
-        raise QCError(
-            "load.module", f"the model has no module {path!r}", next="build the saved architecture"
-        ) from error
+    module = _module(model, path)
     n, k = (_entry(entry, size, int, where) for size in "nk")
     transposed = _entry(entry, "transposed", bool, where)
     dtype, fit = _entry(entry, "dtype", str, where), _entry(entry, "fit", str, where, "minmax")
@@ -269,6 +279,36 @@ def _packed(model: nn.Module, path: str, entry: Any, reader: _Reader) -> _Packed
     return _Packed(path, module, weight, placed)
 
 
+def _module(model: nn.Module, path: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError as error:
+        raise QCError(
+            "load.module", f"the model has no module {path!r}", next="build the saved architecture"
+        ) from error
+
+
+def _rounded(model: nn.Module, path: str, entry: Any, reader: _Reader) -> tuple[str, nn.Module, RoundedInput]:
+    """A module and the static scale of its input, of the file's kind, whose numbers are still to be filled in."""
+    where, module = path or "the model itself", _module(model, path)
+    if type(entry) is not dict:
+        raise QCError("load.manifest", f"{entry!r} instead of an input's entry", where=where, next="save it again")
+    scheme, name = (_entry(entry, key, str, where) for key in ("scheme", "estimator"))
+    try:
+        if Scheme.parse(scheme).granularity != PerTensor():
+            raise QCError("load.manifest", f"{scheme} is no scheme of one static scale", next="save it again")
+        made = RoundedInput(scheme, _entry(entry, "momentum", float, where))
+        made.estimator, learned = name, estimator_of(name).learned
+    except QCError as error:
+        raise error.at(where) from error
+    for parameter in learned:
+        dtype = reader(f"{path}.input_rounding.{parameter}".lstrip(".")).dtype  # that of the saved model
+        made.register_parameter(parameter, nn.Parameter(torch.ones(1, dtype=dtype)))
+    made.train(module.training)
+    old = next(module.parameters(), torch.empty(0))
+    return path, module, made.to(_device(old))
+
+
 def _device(old: torch.Tensor) -> torch.device:
     """Where a tensor of the file goes: a model without data gets it on the CPU."""
     return torch.device("cpu") if old.is_meta else old.device
@@ -278,17 +318,25 @@ def _prefix(path: str) -> str:
     return f"{path}.parametrizations.weight.original" if path else "parametrizations.weight.original"
 
 
-def _plain(model: nn.Module, packed: list[_Packed], reader: _Reader) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def _plain(
+    model: nn.Module, packed: list[_Packed], rounded: list[tuple[str, nn.Module, RoundedInput]], reader: _Reader
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """What stays as it is: (the model's tensor, the file's) by name. The file must hold these, the packed ones, and
     nothing else."""
     converted = {f"{item.path}.weight" if item.path else "weight" for item in packed}
-    found = {name: (old, reader(name)) for name, old in _state(model) if name not in converted}
+    given = [(f"{path}.input_rounding.".lstrip("."), rounding) for path, _, rounding in rounded]
+    theirs = tuple(prefix for prefix, _ in given)
+    wanted = {name: old for name, old in _state(model) if name not in converted and not name.startswith(theirs)}
+    wanted |= {f"{prefix}{name}": old for prefix, rounding in given for name, old in _state(rounding)}
+    found = {name: (old, reader(name)) for name, old in wanted.items()}
     if surplus := reader.surplus:
         shown = ", ".join(surplus[:5]) + (", ..." if len(surplus) > 5 else "")
         raise QCError(
             "load.surplus",
             f"the model has no place for {len(surplus)} tensors of the file: {shown}",
-            next="build the saved architecture",
+            next="the saved model has learned scales: give them to this one by qcompile.prepare with the same recipe"
+            if any(".parametrizations." in f".{name}" for name in surplus)
+            else "build the saved architecture",
         )
     for name, (old, tensor) in found.items():
         _compare(name, tuple(tensor.shape), tensor.dtype, old)
@@ -312,9 +360,11 @@ def _compare(name: str, shape: tuple[int, ...], dtype: torch.dtype, old: torch.T
 
 def _state(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """All parameters and buffers, tied ones under each name; buffers that `state_dict` leaves out too,
-    because a model built on the meta device has no other way to get them."""
+    because a model built on the meta device has no other way to get them. What a range remembers for a backward pass is no
+    part of a model."""
+    lines = {id(item.lines) for item in model.modules() if isinstance(item, RoundedInput)}
     yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
+    yield from ((name, t) for name, t in model.named_buffers(remove_duplicate=False) if id(t) not in lines)
 
 
 def _assign(

@@ -64,6 +64,30 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def complete(found: list[dict[str, Any]], numbers: set[int]) -> None:
+    assert {line["block"] for line in found if "block" in line["config"]} == numbers
+    assert all(line["ok"] for line in found)
+
+
+def nothing_is_timed(out: Path, printed: str) -> None:
+    names = ('"us"', '"share"', "_per_s", '"speedup"')
+    assert not any(name in out.read_text() for name in names)
+    assert " us" not in printed
+    assert "tokens/s" not in printed
+
+
+def test_blocks_about_training_run_interpreted(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.jsonl"
+    done = run(str(BENCH / "gpu.py"), "--interpret", "--quick", "--training", "--out", str(out))
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    found = lines(out)
+    complete(found, {11, 12})
+    nothing_is_timed(out, done.stdout)
+    moved = [line["result"]["rounding"] for line in found if "rounding" in line["result"]]
+    assert moved
+    assert all(0.001 < each < 1 for each in moved)
+
+
 def test_every_block_runs_interpreted_and_nothing_is_timed(tmp_path: Path) -> None:
     out = tmp_path / "gpu.jsonl"
     done = run(str(BENCH / "gpu.py"), "--interpret", "--quick", "--out", str(out))
@@ -75,15 +99,11 @@ def test_every_block_runs_interpreted_and_nothing_is_timed(tmp_path: Path) -> No
     finally:
         sys.path.remove(str(BENCH))
     found = load(out)
-    assert {line["block"] for line in found if "block" in line["config"]} == {
-        block.number for block in BLOCKS
-    }  # complete
-    assert all(line["ok"] for line in found)
-    assert not any(name in out.read_text() for name in ('"us"', '"share"', '"tokens_per_s"', "_per_s", '"speedup"'))
-    assert " us" not in done.stdout
-    assert "tokens/s" not in done.stdout
+    complete(found, {block.number for block in BLOCKS if not block.training})
+    nothing_is_timed(out, done.stdout)
     for size in ("full", "quick"):
-        assert sum(block.budget(size) for block in BLOCKS) <= TOTAL[size]
+        for training in (False, True):
+            assert sum(block.budget(size) for block in BLOCKS if block.training == training) <= TOTAL[size]
 
     # Again, without a line for one question: that question is asked, and the file's torn end is passed over.
     kept = [line for line in found if line["config"] not in ({"block": 0}, {"what": "launch"})]
@@ -182,7 +202,7 @@ def walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
             self.asked: list[tuple[str, dict[str, Any]]] = []
             self.jobs: list[tuple[str, Any]] = []
             for self.block in BLOCKS:
-                if self.block.module != "models":  # starts a compiler
+                if self.block.module != "models" and not self.block.training:  # those start a compiler
                     importlib.import_module(f"gpu_blocks.{self.block.module}").run(self)
 
         def items(self, configs: Any, cost: Any = None) -> Iterator[dict[str, Any]]:
@@ -204,7 +224,7 @@ def walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def test_the_questions_of_a_gpu_have_shapes_that_their_kernels_take(size: str, walk: Any) -> None:
     found = walk(size)
     asked = {module: [config for name, config in found.asked if name == module] for module, _ in found.asked}
-    assert len(asked) == 10  # every block but the models
+    assert len(asked) == 10  # every block but those that compile whole models
     for config in asked["streams"]:
         kind, _, block = config["kernel"].partition(" ")
         if kind == "rotate":

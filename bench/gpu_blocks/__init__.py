@@ -1,7 +1,8 @@
 """What `bench/gpu.py` measures: one module per block, and the parts that they share.
 
-A block is a module with `run(session)`. To add one, write the module and a line of `BLOCKS`; numbers are those of the
-plan, whose order is that of the answers' worth. Budgets of all blocks together stay within `TOTAL`.
+A block is a module with `run(session)`. To add one, write the module and a line of `BLOCKS`; numbers are those of
+the plan, whose order is that of the answers' worth. Budgets of those without training, and of those with, stay within `TOTAL`
+each.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class Block:
 
     Attributes:
         number: in the plan. module: of this package. title: what is printed above its lines.
-        seconds: its budget on a GPU. quick: the same for "quick".
+        seconds: its budget on a GPU. quick: the same for "quick". training: asked for by itself, with --training.
     """
 
     number: int
@@ -28,6 +29,7 @@ class Block:
     title: str
     seconds: float
     quick: float
+    training: bool = False
 
     def budget(self, size: Size) -> float:
         """Seconds after which it takes up nothing new."""
@@ -46,6 +48,8 @@ BLOCKS = (
     Block(8, "streams", "kernels that read and write once: rotations, quantizing, stochastic rounding", 30, 8),
     Block(9, "kv", "decode attention over a low-bit cache", 25, 8),
     Block(10, "models", "whole models: decode and prefill against compiled bf16", 120, 28),
+    Block(11, "optimizers", "optimizer steps: low-bit state, stochastic rounding", 120, 40, training=True),
+    Block(12, "training", "training steps: products of 8-bit codes, roundings", 400, 120, training=True),
 )
 
 __all__ = ["BLOCKS", "TOTAL", "Block", "Size"]

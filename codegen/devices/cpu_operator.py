@@ -49,6 +49,13 @@ def _boxed(spec: KernelSpec, argtypes: tuple[str, ...]) -> str:
     )
 
 
+def operator_head(name: str, arguments: str) -> str:
+    """What a translation unit needs to register a function `boxed`: `name` begins the text of its errors."""
+    constants = f'constexpr char OPERATION[] = "{name}", ARGUMENTS[] = "{arguments}";'
+    return f"namespace {{\n{constants}\n}}  // namespace\n" + fragment("templates", "operator")
+
+
 def operator_text(kernel: Kernel) -> str:
     """The translation unit that `compat.abi.load_operator` builds: the kernel and its registration."""
-    return kernel.source + fragment("templates", "operator") + _boxed(kernel.spec, kernel.argtypes)
+    head = operator_head("qmm", "(Tensor x, Tensor[] parts, Tensor[] extras, int[] n, int k) -> Tensor")
+    return kernel.source + head + fragment("templates", "operator_qmm") + _boxed(kernel.spec, kernel.argtypes)

@@ -82,13 +82,6 @@ def _act_reason(spec: KernelSpec) -> str:
     return ""
 
 
-def _has_e4m3(architecture: str) -> bool:
-    """gfx942 has another e4m3, with other NaNs and another bias."""
-    if architecture.startswith("sm_"):
-        return int(architecture[3:]) >= 89
-    return architecture in ("", "gfx950", "gfx1200", "gfx1201")
-
-
 def _before_ampere(architecture: str) -> bool:
     return architecture.startswith("sm_") and int(architecture[3:]) < 80
 
@@ -106,7 +99,7 @@ class TritonLowering:
             not reason
             and spec.act is not None
             and byte_operand(spec.act) == "e4m3"
-            and not _has_e4m3(self.architecture)
+            and not compat.multiplies_e4m3(self.architecture)
         ):
             reason = f"activation {spec.act}: {self.architecture} has no instruction that multiplies e4m3"
         if not reason and spec.x == "f32" and spec.act is None and spec.paired:

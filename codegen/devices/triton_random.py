@@ -11,11 +11,14 @@ Seeds and streams are scalars that a kernel may load from memory, so a captured 
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Mapping
+
 # Device functions: a text has those that it calls.
 HELPERS = {
-    "random_bits": '''@triton.jit
-def random_bits(block, seed, stream0, stream1):
-    """16 random bits (uint32) for each of the eight elements of Philox blocks: int64 [n] -> [8 n], see ir/rounding.py."""
+    "random_words": '''@triton.jit
+def random_words(block, seed, stream0, stream1):
+    """The four words (uint32) of Philox blocks, each like `block`, int64: see ir/rounding.py."""
     c0, c1 = block.to(tl.uint32), (block >> 32).to(tl.uint32)
     c2, c3 = stream0.to(tl.uint32), stream1.to(tl.uint32)
     k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
@@ -26,8 +29,37 @@ def random_bits(block, seed, stream0, stream1):
         c1, c3 = p1.to(tl.uint32), p0.to(tl.uint32)
         k0 += 0x9E3779B9
         k1 += 0xBB67AE85
+    return c0, c1, c2, c3''',
+    "random_bits": '''@triton.jit
+def random_bits(block, seed, stream0, stream1):
+    """16 random bits (uint32) for each of the eight elements of Philox blocks: int64 [n] -> [8 n], see ir/rounding.py."""
+    c0, c1, c2, c3 = random_words(block, seed, stream0, stream1)
     words = tl.join(tl.join(c0, c2), tl.join(c1, c3))
     return tl.reshape(tl.join(words & 0xFFFF, words >> 16), (block.shape[0] * 8,))''',
+    "random_sixteen": '''@triton.jit
+def random_sixteen(block, skip, seed, stream0, stream1):
+    """16 random bits (uint32) for each of 16 neighbours, the first of them element `skip`, a scalar, of its block: int64 [n] ->
+    [n, 16]."""
+    w0, w1, w2, w3 = random_words(block, seed, stream0, stream1)
+    w4, w5, w6, w7 = random_words(block + 1, seed, stream0, stream1)
+    if skip != 0:
+        # They lie in three blocks: the words move by two, by one and by a half.
+        w8, w9, w10, w11 = random_words(block + 2, seed, stream0, stream1)
+        two, one, half = skip & 4 != 0, skip & 2 != 0, skip & 1 != 0
+        w0, w1, w2, w3 = tl.where(two, w2, w0), tl.where(two, w3, w1), tl.where(two, w4, w2), tl.where(two, w5, w3)
+        w4, w5, w6, w7 = tl.where(two, w6, w4), tl.where(two, w7, w5), tl.where(two, w8, w6), tl.where(two, w9, w7)
+        w8, w9 = tl.where(two, w10, w8), tl.where(two, w11, w9)
+        w0, w1, w2, w3 = tl.where(one, w1, w0), tl.where(one, w2, w1), tl.where(one, w3, w2), tl.where(one, w4, w3)
+        w4, w5, w6, w7 = tl.where(one, w5, w4), tl.where(one, w6, w5), tl.where(one, w7, w6), tl.where(one, w8, w7)
+        w8 = tl.where(one, w9, w8)
+        w0, w1 = tl.where(half, w0 >> 16 | w1 << 16, w0), tl.where(half, w1 >> 16 | w2 << 16, w1)
+        w2, w3 = tl.where(half, w2 >> 16 | w3 << 16, w2), tl.where(half, w3 >> 16 | w4 << 16, w3)
+        w4, w5 = tl.where(half, w4 >> 16 | w5 << 16, w4), tl.where(half, w5 >> 16 | w6 << 16, w5)
+        w6, w7 = tl.where(half, w6 >> 16 | w7 << 16, w6), tl.where(half, w7 >> 16 | w8 << 16, w7)
+    even = tl.join(tl.join(w0, w4), tl.join(w2, w6))
+    odd = tl.join(tl.join(w1, w5), tl.join(w3, w7))
+    words = tl.join(even, odd)
+    return tl.reshape(tl.join(words & 0xFFFF, words >> 16), (block.shape[0], 16))''',
     "stochastic_bf16": '''@triton.jit
 def stochastic_bf16(x, bits):
     """fp32 as bf16, up with the probability of the fraction: see ir/stochastic_cast.py."""
@@ -54,5 +86,18 @@ def stochastic_integer(t, bits):
 
 
 def helper_text(*names: str) -> str:
-    """The text of some device functions, for a kernel's module."""
-    return "\n\n\n".join(HELPERS[name] for name in names)
+    """The text of some device functions, and of those that they call, for a kernel's module."""
+    return "\n\n\n".join(with_called(HELPERS, names))
+
+
+def with_called(helpers: Mapping[str, str], names: Iterable[str]) -> list[str]:
+    """The texts of device functions and of those that they call, in the order of `helpers`."""
+    wanted = set(names)
+    while more := {n for w in wanted for n in helpers if calls(helpers[w], n)} - wanted:
+        wanted |= more
+    return [text for name, text in helpers.items() if name in wanted]
+
+
+def calls(text: str, name: str) -> bool:
+    """Whether a text calls a function."""
+    return re.search(rf"\b{name}\(", text) is not None

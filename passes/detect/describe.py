@@ -81,6 +81,7 @@ def _linear(index: int, node: fx.Node, scope: Scope) -> Site:
         bias=bias is not None,
         refused=_refusal(weight, w, node, scope) or _mixed(x, w, scope),
         device=_device(w),
+        trained=_trained(weight, node, scope),
     )
     if kind == "head" and weight is not None:
         drop_packed_before(site, scope.tensors(weight), scope.ctx)
@@ -126,6 +127,7 @@ def embedding(index: int, node: fx.Node, scope: Scope) -> Site:
         _dtype(w),
         refused=refused,
         device=_device(w),
+        trained=_trained(weight, node, scope),
     )
 
 
@@ -141,11 +143,15 @@ def _refusal(weight: Weight | None, operand: Any, node: fx.Node, scope: Scope) -
         return f"the weight has dtype {value.dtype}"
     if weight.packed is not None and packed_rows(weight) is None:
         return "a view of the packed weight that does not keep whole rows"
+    if weight.rounded is not None and packed_rows(weight) != (0, shape_of(weight.rounded)[0]):  # type: ignore[index]
+        return "a view of the rounded weight that does not keep all of its rows"
     if node in scope.transformed:
         return _TRANSFORMED
-    if node in scope.recorded and may_be_trained(weight, scope.ctx):
-        return "autograd is recording and this weight may be trained: use torch.no_grad() or inference_mode()"
     return ""
+
+
+def _trained(weight: Weight | None, node: fx.Node, scope: Scope) -> bool:
+    return weight is not None and node in scope.recorded and may_be_trained(weight, scope.ctx)
 
 
 def may_be_trained(weight: Weight, ctx: PassContext) -> bool:

@@ -20,7 +20,7 @@ from torch import fx
 from qcompile import compat
 from qcompile.ir.packing import PANEL
 from qcompile.ir.scheme import Scheme
-from qcompile.passes.match import PURE, memory_of, op_name, value_of, writes
+from qcompile.passes.match import PURE, memory_of, op_name, shape_of, value_of, writes
 from qcompile.runtime.store import WeightExpression
 
 
@@ -34,6 +34,7 @@ class Weight:
         expression: the function.
         path: module path of the first root.
         packed: the `qcompile.decode` node underneath when the weight is already packed, else `None`.
+        rounded: the `qcompile.fake_quant` node underneath when the model rounds the weight itself, with learned scales.
         chain: nodes from roots to operand, in graph order.
     """
 
@@ -43,6 +44,19 @@ class Weight:
     path: str
     packed: fx.Node | None
     chain: tuple[fx.Node, ...]
+    rounded: fx.Node | None = None
+
+    @property
+    def scheme(self) -> str:
+        """The scheme that was fixed before this graph, "" when none was."""
+        if self.packed is not None:
+            return str(self.packed.args[1])
+        return "" if self.rounded is None else str(self.rounded.args[3])
+
+
+def is_rounded(node: fx.Node) -> bool:
+    """Whether a node rounds a weight with learned scales."""
+    return op_name(node) == "fake_quant" and bool(node.args[2])
 
 
 def is_decode(node: fx.Node) -> bool:
@@ -51,6 +65,10 @@ def is_decode(node: fx.Node) -> bool:
         torch.ops.qcompile.decode.default,
         torch.ops.qcompile.decode,
     )
+
+
+def _keeps_weights(node: fx.Node) -> bool:
+    return op_name(node) in PURE or is_rounded(node)
 
 
 # A step of a source such as L['self']._modules['a.b'].weight or L['layers'][0]: a key in quotes, an index, a name.
@@ -81,7 +99,7 @@ def constant_nodes(graph: fx.Graph, inputs: Mapping[str, Any]) -> set[fx.Node]:
         elif is_decode(node):
             if all(n.op == "placeholder" for n in node.all_input_nodes):
                 found.add(node)
-        elif op_name(node) in PURE and node.all_input_nodes and all(n in found for n in node.all_input_nodes):
+        elif _keeps_weights(node) and node.all_input_nodes and all(n in found for n in node.all_input_nodes):
             found.add(node)
     return found - _written(graph, found)
 
@@ -155,7 +173,7 @@ def why_not_constant(node: Any, roots: Mapping[fx.Node, fx.Node]) -> str:
         return "the parameters are constants of the graph: torch._inductor.config.freezing is on; turn it off"
     if node in roots:
         work = [
-            op_name(n) for n in reversed(behind) if not (n.op == "placeholder" or is_decode(n) or op_name(n) in PURE)
+            op_name(n) for n in reversed(behind) if not (n.op == "placeholder" or is_decode(n) or _keeps_weights(n))
         ]
         if work:
             return f"the weight operand is arithmetic on parameters ({', '.join(dict.fromkeys(work))})"
@@ -220,10 +238,22 @@ def weight_of(node: Any, constants: set[fx.Node]) -> Weight | None:
         return None  # a mixture of packed and float pieces has no single scheme
     path = parameter_path(roots[0]) if packed is None else parameter_path(packed.all_input_nodes[0])
     expression = expression_of(node, roots, chain, path)
-    return Weight(node, tuple(roots), expression, path, packed, tuple(chain))
+    rounded = [item for item in chain if is_rounded(item)]
+    if len(rounded) > 1:
+        return None  # pieces with scales of their own
+    return Weight(node, tuple(roots), expression, path, packed, tuple(chain), rounded[0] if rounded else None)
 
 
-def expression_of(node: fx.Node, roots: Sequence[fx.Node], chain: Sequence[fx.Node], path: str) -> WeightExpression:
+def before_rounding(weight: Weight) -> WeightExpression:
+    """What a weight that the model rounds is made of: the float weight, then its learned tensors."""
+    assert weight.rounded is not None
+    results = [weight.rounded.args[0], *weight.rounded.args[2]]  # type: ignore[misc]
+    return expression_of(tuple(results), weight.roots, weight.chain, weight.path)
+
+
+def expression_of(
+    result: fx.Node | tuple[fx.Node, ...], roots: Sequence[fx.Node], chain: Sequence[fx.Node], path: str
+) -> WeightExpression:
     """Copy the chain into a graph of its own, so that it outlives the graph it was found in."""
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
@@ -238,7 +268,8 @@ def expression_of(node: fx.Node, roots: Sequence[fx.Node], chain: Sequence[fx.No
             fx.map_arg(item.kwargs, lambda n: mapping[n]),
             name=f"v{len(mapping)}",
         )
-    graph.output(mapping[node])
+    graph.output(fx.map_arg(result, lambda n: mapping[n]))
+    graph.eliminate_dead_code()
     module = fx.GraphModule(torch.nn.Module(), graph)
     return WeightExpression(module.code.strip(), module.forward, path)
 
@@ -250,18 +281,24 @@ def packed_rows(weight: Weight) -> tuple[int, int] | None:
     Packed parts can only be used through views that keep whole rows. Strides and offset of the view decide
     that, on a tensor without storage, so any chain of transposes that cancels out is seen through.
     """
-    assert weight.packed is not None
-    n, k = int(weight.packed.args[2]), int(weight.packed.args[3])  # type: ignore[arg-type]
+    if weight.rounded is not None:
+        n, k = shape_of(weight.rounded)  # type: ignore[misc]
+        after = weight.chain[weight.chain.index(weight.rounded) + 1 :]
+        views = expression_of(weight.node, [weight.rounded], after, weight.path)
+    else:
+        assert weight.packed is not None
+        n, k = int(weight.packed.args[2]), int(weight.packed.args[3])  # type: ignore[arg-type]
+        views = weight.expression
     if not weight.chain:
         return 0, n
     # `meta` keeps sizes, strides and offset, and runs no arithmetic.
     probe = torch.empty(n, k, device="meta")
-    view = weight.expression.evaluate(probe)
+    view = views.evaluate(probe)
     first, rest = divmod(int(view.storage_offset()), k)
     same_storage = view.untyped_storage()._cdata == probe.untyped_storage()._cdata
     if not same_storage or rest or view.dim() != 2 or view.shape[1] != k or view.stride() != (k, 1):
         return None
-    if first % row_unit(Scheme.parse(str(weight.packed.args[1]))):
+    if first % row_unit(Scheme.parse(weight.scheme)):
         return None
     return first, int(view.shape[0])
 

@@ -18,7 +18,7 @@ from qcompile.ir.matmul import MatmulSpec
 from qcompile.ir.scheme import Scheme
 from qcompile.passes.base import PackedInput, Pass, PassContext
 from qcompile.passes.detect.sites import SITE
-from qcompile.passes.detect.weights import Weight, constant_nodes, packed_rows, row_unit, weight_of
+from qcompile.passes.detect.weights import Weight, before_rounding, constant_nodes, packed_rows, row_unit, weight_of
 from qcompile.passes.match import argument, drop_dead, insert, op_name, pick, shape_of, value_of
 from qcompile.runtime.store import Encoding, Entry, WeightExpression
 
@@ -42,7 +42,7 @@ class Freeze(Pass):
         groups: dict[int, list[fx.Node]] = {}
         for node in list(gm.graph.nodes):
             index = node.meta.get(SITE)
-            if index is None or op_name(node) not in ("linear", "embedding") or not ctx.plan.decisions[index].quantized:
+            if index is None or op_name(node) not in ("linear", "embedding") or not ctx.plan.decisions[index].packable:
                 continue
             group = ctx.plan.decisions[index].group
             if op_name(node) == "embedding":
@@ -170,7 +170,11 @@ class _Freezer:
             self.account(node, scheme, (parts, packed_rows(weight)), before, after, None)
             return packed
         decision, seed = self.ctx.plan.decisions[node.meta[SITE]], self.ctx.options.seed
-        encoding = Encoding(weight.expression, scheme, decision.fit, seed, decision.min_sqnr)
+        if weight.rounded is None:
+            encoding = Encoding(weight.expression, scheme, decision.fit, seed, decision.min_sqnr)
+        else:
+            estimator = str(weight.rounded.args[4])
+            encoding = Encoding(before_rounding(weight), scheme, decision.fit, seed, estimator=estimator)
         entry = self.entry(weight.roots, encoding)
         value = value_of(weight.node)
         before = value.numel() * value.element_size()

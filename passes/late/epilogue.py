@@ -104,8 +104,8 @@ def _grow_best(qmm: fx.Node, order: Mapping[fx.Node, int], ctx: PassContext) -> 
 def _combines(qmm: fx.Node, spec: MatmulSpec, ctx: PassContext) -> bool:
     """Whether a kernel combines two segments, if one multiplies them at all."""
     x = value_of(qmm.args[0])
-    pair, plain = (replace(spec, epilogue=text, extras=()) for text in ("a0*a1", ""))
-    return ctx.kernel(pair, x.device, x.dtype, None).found or not ctx.kernel(plain, x.device, x.dtype, None).found
+    pair = replace(spec, epilogue="a0*a1", extras=())
+    return ctx.kernel(pair, x.device, x.dtype, None).found or not ctx.kernel(spec, x.device, x.dtype, None).found
 
 
 def _halves(qmm: fx.Node, n: int) -> list[fx.Node]:

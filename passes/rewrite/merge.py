@@ -32,7 +32,7 @@ class Merge(Pass):
         groups: dict[tuple[object, ...], list[int]] = {}
         for node in gm.graph.nodes:
             index = node.meta.get(SITE)
-            if index is None or op_name(node) != "linear" or not ctx.plan.decisions[index].quantized:
+            if index is None or op_name(node) != "linear" or not ctx.plan.decisions[index].packable:
                 continue
             bias = weight_of(argument(node, 2, "bias"), constants)
             if argument(node, 2, "bias") is not None and (bias is None or may_be_trained(bias, ctx)):

@@ -7,6 +7,7 @@ at this graph's number of rows; `memory` packs whatever can be packed; `accuracy
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from typing import ClassVar
 
@@ -31,16 +32,20 @@ from qcompile.passes.detect.weights import (
     why_not_constant,
 )
 from qcompile.passes.match import argument, op_name, shape_of, transformed
-from qcompile.plan.plan import Decision, Plan
+from qcompile.plan.plan import Decision
 from qcompile.plan.recipe import Choice
 from qcompile.plan.site import Site
+from qcompile.runtime.pins import Pin
 
 PACKED = "packed by convert"
+PREPARED = "prepared"
+TRAINED = "as it was trained"
+ROUNDED = "the model rounds"
+_FIXED = (PACKED, PREPARED, TRAINED)  # whatever is faster: other values would be another model
 NO_KERNEL = "no fast kernel"
 # What a strict user can do about a refusal, by words of its reason.
 _STEPS = {
     "dtype torch.float64": "convert the model with model.float(), or use strict=False",
-    "autograd is recording": "call the model under torch.inference_mode() or torch.no_grad()",
 }
 
 
@@ -67,7 +72,11 @@ class Resolve(Pass):
             weight = weight_of(argument(node, 1, "weight"), constants)
             assert weight is not None  # detect refuses sites without one
             shared = layouts.get(site.path) if site.kind == "embedding" else None
-            choice = _packed_for(ctx, node, _choose(ctx, site, weight), shared)
+            choice = _packed_for(ctx, node, _pinned(ctx, site, weight) or _choose(ctx, site, weight), shared)
+            if choice.weight is None and site.trained and len(ctx.recipe.asks(site)) > 1:  # its values decided
+                roots = [ctx.inputs[root.name] for root in weight.roots]
+                pin = Pin(None, None, choice.fit)
+                ctx.pins.pin(roots, weight.expression.text, site.kind, ctx.recipe.fingerprint(), pin)
             choices.append(choice)
             if choice.weight is not None and site.path:
                 layouts.setdefault(site.path, choice.weight.packing)
@@ -106,15 +115,29 @@ def _even(k: int, length: int) -> str:
 
 
 def _choose(ctx: PassContext, site: Site, weight: Weight) -> Choice:
-    if weight.packed is not None:
-        # The scheme was fixed when the weight was given up; the recipe may still ask for low-bit activations.
-        fixed = Scheme.parse(str(weight.packed.args[1]))
+    if weight.scheme:
+        # It was fixed when the weight was given up, or prepared; the recipe may still ask for low-bit activations.
+        fixed = Scheme.parse(weight.scheme)
         choice = ctx.recipe.resolve(replace(site, weight_dtype=str(fixed)), packed=fixed)
-        return replace(choice, weight=fixed, act=choice.act, reason=PACKED)
+        return replace(choice, weight=fixed, reason=PREPARED if weight.packed is None else PACKED, min_sqnr=-math.inf)
     try:
         return ctx.recipe.resolve(site, lambda: real_weight(weight, ctx))
     except QCError as error:
         raise error.at(site.path or site.source) from error
+
+
+def _pinned(ctx: PassContext, site: Site, weight: Weight) -> Choice | None:
+    """What the weight was trained in with this recipe, which is what it is trained in further, and deployed in."""
+    if weight.scheme:
+        return None
+    roots = [ctx.inputs[root.name] for root in weight.roots]
+    pin = ctx.pins.find(roots, weight.expression.text, site.kind, ctx.recipe.fingerprint())
+    if pin is None:
+        return None
+    if pin.weight is None:
+        return Choice(None, None, -1, f"float, {TRAINED}")
+    found = ctx.recipe.resolve(replace(site, weight_dtype=str(pin.weight)), packed=pin.weight)
+    return replace(found, weight=pin.weight, act=pin.act, reason=TRAINED, fit=pin.fit, min_sqnr=-math.inf)
 
 
 def _linears_of_buffers(graph: fx.Graph, ctx: PassContext) -> dict[int, Site]:
@@ -163,40 +186,48 @@ def _refuse(ctx: PassContext, site: Site, reason: str) -> None:
             why=reason,
             next=next((step for words, step in _STEPS.items() if words in reason), "use strict=False: it stays float"),
         )
-    if "autograd is recording" in reason:
-        message = f"{site.path}: {reason}"
-        if message not in ctx.plan.notes:
-            ctx.plan.notes.append(message)
 
 
 def _decide(ctx: PassContext, site: Site, choice: Choice, node: fx.Node) -> None:
     plan, options = ctx.plan, ctx.options
-    decision = Decision(site, choice.weight, choice.act, choice.fit, reason=choice.reason, min_sqnr=choice.min_sqnr)
+    decision = Decision(
+        site,
+        choice.weight,
+        choice.act,
+        choice.fit,
+        reason=choice.reason,
+        min_sqnr=choice.min_sqnr,
+        estimator=choice.estimator,
+        grad=choice.grad,
+    )
     plan.decisions[site.index] = decision
     if choice.weight is None:
         return
-    if options.strict and choice.reason != PACKED:
+    if options.strict and choice.reason not in _FIXED:
         refuse_ragged(choice.weight, site.n, site.k, site.path or site.source)
     act = None if options.policy == "accuracy" else choice.act
     if act is not choice.act:
         plan.update(site.index, act=None, reason='policy="accuracy" keeps activations exact')
+    if act is not None and op_name(argument(node, 0, "input")) == "fake_quant":
+        act, said = None, f"{ROUNDED} its input to {argument(node, 0, 'input').args[3]}"
+        plan.update(site.index, act=None, reason="; ".join(filter(None, (choice.reason, said))))
     if site.kind == "embedding":
         plan.update(site.index, kernel="lookup")
         return
     spec = MatmulSpec(choice.weight, (site.n,), site.k, act)
     dtype = getattr(torch, site.dtype)
-    # A graph whose number of rows is open serves few rows too, whatever the example had.
-    fixed = all(isinstance(size, int) for size in shape_of(argument(node, 0, "input")) or ())
+    # A graph whose number of rows is open serves few rows too, whatever the example had; so will a trained weight.
+    fixed = not site.trained and all(isinstance(size, int) for size in shape_of(argument(node, 0, "input")) or ())
     kernel = ctx.kernel(spec, node_device(node), dtype, site.m if fixed else None)
     if not kernel.found:
         reason = f"{NO_KERNEL} for {choice.weight}: {kernel.reason}"
         if options.strict:
             raise QCError("kernel.none", reason, where=site.path, next="choose another scheme or strict=False")
-        if options.policy == "speed" and choice.reason != PACKED:
+        if options.policy == "speed" and choice.reason not in _FIXED:
             plan.keep_float(site.index, f"{reason}; policy='memory' packs it anyway")
             return
         plan.update(site.index, kernel="reference", reason=reason)
-    elif kernel.slower_than_float and options.policy == "speed" and choice.reason != PACKED:
+    elif kernel.slower_than_float and options.policy == "speed" and choice.reason not in _FIXED:
         plan.keep_float(site.index, f"{kernel.name} would be slower than float here: {kernel.reason}")
     else:
         plan.update(site.index, kernel=kernel.name)
@@ -210,11 +241,6 @@ def _unwanted(decision: Decision, ctx: PassContext) -> bool:
     return site.kind not in ("bmm", "attention") and ctx.recipe.resolve(replace(site, kind="linear")).weight is not None
 
 
-def training_notes(plan: Plan) -> list[str]:
-    """Notes about weights that stay float because autograd records, one for each."""
-    return [note for note in plan.notes if "autograd is recording" in note]
-
-
 def warn_notes(ctx: PassContext) -> None:
     """Say once per compile what the user must know."""
     if overruled := ctx.plan.overruled(ctx.recipe):
@@ -224,13 +250,7 @@ def warn_notes(ctx: PassContext) -> None:
     for rule in ctx.plan.unused_rules if looked_at else ():
         if rule.path != "*":
             warn(f"recipe {ctx.recipe.name!r}: rule path={rule.path!r} matched no site of this graph{rule.hint(paths)}")
-    training = training_notes(ctx.plan)
     matmuls = [decision for decision in ctx.plan if decision.site.kind != "embedding"]
     lost = [decision.reason for decision in matmuls if _unwanted(decision, ctx)]
-    if lost and not training and not any(decision.quantized for decision in matmuls):
+    if lost and not any(decision.quantized for decision in matmuls):
         warn(f"recipe {ctx.recipe.name!r} quantizes no matmul of this graph: {lost[0]}")
-    if training:
-        warn(
-            f"{len(training)} weights stay float: autograd is recording, so they may be trained. "
-            "Call the model under torch.no_grad() or torch.inference_mode() for low-bit inference."
-        )

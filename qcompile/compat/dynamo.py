@@ -6,7 +6,8 @@ So a pass works on a copy, and an input that a pass adds has to look like one th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import importlib
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
@@ -50,6 +51,24 @@ def unlimited_recompiles() -> AbstractContextManager[object]:
 
     many = 1 << 30
     return cast("AbstractContextManager[object]", config.patch(recompile_limit=many, accumulated_recompile_limit=many))
+
+
+def is_tracing() -> bool:
+    """Whether Dynamo, or what compiles its graph, is at work in this thread."""
+    return torch._guards.TracingContext.try_get() is not None
+
+
+def leave_room() -> int:
+    """Let Dynamo compile the frame that it compiles now at least once more, for good: it stops at `recompile_limit`, and the
+    code then runs as it was written. Returns how often it was compiled before."""
+    from torch._dynamo import config
+    from torch._guards import CompileContext
+
+    current = CompileContext.current_compile_id()
+    done = 0 if current is None or current.frame_compile_id is None else current.frame_compile_id
+    for name in ("recompile_limit", "accumulated_recompile_limit"):
+        setattr(config, name, max(getattr(config, name), done + 2))
+    return done
 
 
 def graph_mode(graph: fx.Graph) -> Any:
@@ -118,3 +137,63 @@ def without_levels(value: torch.Tensor) -> torch.Tensor:
     while functorch.is_functorch_wrapped_tensor(value):
         value = functorch.get_unwrapped(value)
     return value
+
+
+def traced_optimizer(parameters: Collection[torch.Tensor]) -> torch.optim.Optimizer | None:
+    """The optimizer in the frame that Dynamo is compiling which holds one of `parameters`, or None."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        frame = InstructionTranslator.current_tx()
+    except AttributeError:  # nothing is being traced
+        return None
+    wanted = set(map(id, parameters))
+    found: list[Any] = list(frame.f_locals.values())
+    found += [item for value in found if isinstance(value, tuple | list) for item in value]
+    for value in found:
+        owner = getattr(value, "__self__", value)  # a bound step()
+        groups = owner.param_groups if isinstance(owner, torch.optim.Optimizer) else []
+        if any(id(p) in wanted for group in groups for p in group["params"]):
+            return cast("torch.optim.Optimizer", owner)
+    return None
+
+
+def trace_again_with_numbers(key: str) -> None:
+    """Have Dynamo trace the frame that it compiles once more, with the floats that it found under `key` (of a dictionary) as
+    inputs of the graph; once: a second call for the same frame returns.
+
+    By itself Dynamo would do so at the first call that brings another value, after compiling for nothing.
+    """
+    from torch._dynamo import pgo
+    from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        frame = InstructionTranslator.current_tx()
+    except AttributeError:
+        return
+    known = pgo.get_code_state()[pgo.CodeId.make(frame.f_code, frame.closure)].automatic_dynamic
+    fixed = [entry for name, entry in known.items() if name.endswith(f"[{key!r}]") and isinstance(entry.scalar, float)]
+    for entry in fixed:
+        entry.scalar = pgo.auto_dynamic
+    if fixed:
+        frame.speculation_log.clear()  # with numbers for constants another path may be traced
+        raise TensorifyScalarRestartAnalysis(restart_reason=f"{key} may change")
+
+
+@contextmanager
+def floats_that_stay_tensors(graph: fx.Graph) -> Iterator[None]:
+    """Inside, AOTAutograd leaves alone a graph that computes with no float of Python any more.
+
+    It would turn floats into tensors, and make constants of all that it did not turn itself, even where nothing is left.
+    """
+    module: Any = importlib.import_module("torch.fx.passes._tensorify_python_scalars")
+    if any(isinstance(node.meta.get("example_value"), torch.SymFloat) for node in graph.nodes):
+        yield
+        return
+    enabled = module._is_tensorify_enabled
+    module._is_tensorify_enabled = lambda: False
+    try:
+        yield
+    finally:
+        module._is_tensorify_enabled = enabled

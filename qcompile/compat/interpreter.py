@@ -3,7 +3,8 @@
 The interpreter runs kernels in numpy, which has no bf16: it keeps the 16-bit patterns as integers and, in several
 places, computes with the patterns. Here every operation on bf16 widens to fp32 and rounds its result to nearest even,
 which is what devices do. Conversions from and to the two common fp8 formats, which are wrong in rounding, in infinity
-and in NaN, are torch's. Functions of libdevice, a library of device code, get bodies in numpy.
+and in NaN, are torch's. Atomics read the memory of their operands as if it were dense; where one was broadcast that is
+other memory. Functions of libdevice, a library of device code, get bodies in numpy.
 """
 
 from __future__ import annotations
@@ -153,6 +154,21 @@ def _repair_reductions(stack: ExitStack, interpreter: Any) -> None:
         (interpreter.ScanOps, "cumprod"),
     ):
         replace(stack, owner, name, repaired(getattr(owner, name)))
+
+
+def repair_atomics(stack: ExitStack, interpreter: Any) -> None:
+    """Operands that were broadcast."""
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+
+    def dense(original: Callable[..., Any]) -> Callable[..., Any]:
+        def method(self: Any, *args: Any) -> Any:
+            same = (handle(np.ascontiguousarray(a.data), a.dtype) if isinstance(a, handle) else a for a in args)
+            return original(self, *same)
+
+        return method
+
+    for name in ("create_atomic_rmw", "create_atomic_cas"):
+        replace(stack, builder, name, dense(getattr(builder, name)))
 
 
 def _torch(function: Callable[..., torch.Tensor]) -> Callable[..., Any]:

@@ -141,6 +141,13 @@ def architecture(device: torch.device) -> str:
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 
 
+def multiplies_e4m3(architecture: str) -> bool:
+    """Whether GPUs of an architecture multiply e4m3. gfx942 has another e4m3, with other NaNs and another bias."""
+    if architecture.startswith("sm_"):
+        return int(architecture[3:]) >= 89
+    return architecture in ("", "gfx950", "gfx1200", "gfx1201")
+
+
 def stream(device: torch.device) -> int:
     """The stream that work for a device goes to, 0 where there is none."""
     return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0

@@ -27,11 +27,16 @@ def register_lowering(op: object, lower: Callable[..., object]) -> None:
     register(op, type_promotion_kind=None)(lower)
 
 
-def register_fallback(op: object) -> None:
-    """Tell Inductor to call the operator itself, without a warning."""
-    from torch._inductor.lowering import make_fallback
+def register_fallback(op: object, contiguous: bool = False) -> None:
+    """Tell Inductor to call the operator itself, without a warning.
 
-    make_fallback(op, warn=False)
+    Args:
+        contiguous: whether operands have to be; else Inductor, which chooses the strides of what it computes, may give a
+            contiguous clone the strides of what it is a clone of.
+    """
+    from torch._inductor.lowering import make_fallback, require_contiguous
+
+    make_fallback(op, layout_constraint=require_contiguous if contiguous else None, warn=False)
 
 
 def fallback(op: object) -> Callable[..., object]:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from qcompile.compat.assembly import replace_assembly
-from qcompile.compat.interpreter import repair_floats, replace, replace_libdevice
+from qcompile.compat.interpreter import repair_atomics, repair_floats, replace, replace_libdevice
 from qcompile.errors import QCError
 
 
@@ -52,6 +52,7 @@ def interpreted() -> Iterator[None]:
         _decorated_before(stack, interpreter)
         _globals_of_users(stack, interpreter)
         repair_floats(stack, interpreter)
+        repair_atomics(stack, interpreter)
         replace_libdevice(stack, interpreter)
         replace_assembly(stack, interpreter)
         yield

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qcompile.errors import QCError
 from qcompile.ir.elements import decode_element, encode_element
-from qcompile.ir.fit import FITS
+from qcompile.ir.fit import fitted_qparams
 from qcompile.ir.granularity import Cell, Nested
 from qcompile.ir.packing import (
     PANEL,
@@ -178,7 +178,7 @@ def quantize(
         )
     refuse_nonfinite(w)
     n, k = w.shape
-    qparams = qparams or FITS[fit](w, scheme)
+    qparams = qparams or fitted_qparams(w, scheme, fit)
     over = _RowScales.of(qparams, scheme, n)
     codes = torch.empty(packed_shape(scheme.format.bits, n, k, scheme.packing), dtype=torch.uint8, device=w.device)
     for start, stop, at in _chunks(scheme, n, k):
@@ -330,8 +330,13 @@ def _chunks(scheme: Scheme, n: int, k: int) -> Iterator[tuple[int, int, slice]]:
         yield start, stop, slice(start // unit, ceil_div(stop, unit))
 
 
-def refuse_nonfinite(w: Tensor) -> None:
-    """Raise `codec.nonfinite-weight`, naming the first index, for a matrix that holds a NaN or an infinity."""
+def refuse_nonfinite(w: Tensor, where: str = "") -> None:
+    """Raise `codec.nonfinite-weight`, naming the first index, for a matrix that holds a NaN or an infinity.
+
+    Args:
+        w: `[n, k]`, floating point.
+        where: path of the weight, for the error.
+    """
     if w.numel() == 0:
         return
     low, high = (float(v) for v in torch.aminmax(w))
@@ -345,7 +350,7 @@ def refuse_nonfinite(w: Tensor) -> None:
             raise QCError(
                 "codec.nonfinite-weight",
                 f"weight holds {float(w[row, column])}",
-                where=f"index [{row}, {column}]",
+                where=f"{where}: index [{row}, {column}]".removeprefix(": "),
                 why="a scale chosen over NaN or infinity is meaningless",
                 next="repair the checkpoint, or leave this weight out of the recipe",
             )

@@ -110,17 +110,19 @@ def thresholds(table: tuple[float, ...]) -> tuple[tuple[float, ...], tuple[float
     for low, high in pairwise(table):
         middle = (low + high) / 2
         if abs(high) <= abs(low):
-            up.append(_float32_towards(middle, math.inf))
+            up.append(float32_towards(middle, math.inf))
         else:
-            down.append(_float32_towards(middle, -math.inf))
+            down.append(float32_towards(middle, -math.inf))
     return tuple(up), tuple(down)
 
 
-def _float32_towards(value: float, direction: float) -> float:
-    """The float32 number nearest to `value` on the side of `direction`."""
+def float32_towards(value: float, direction: float, strictly: bool = False) -> float:
+    """The float32 number nearest to `value` on the side of `direction`: never `value` itself when `strictly`."""
     nearest: float = struct.unpack("f", struct.pack("f", value))[0]
-    if nearest == value or (nearest > value) == (direction > 0):
+    if (nearest == value and not strictly) or (nearest != value and (nearest > value) == (direction > 0)):
         return nearest
+    if nearest == 0:
+        return math.copysign(2.0**-149, direction)
     word: int = struct.unpack("i", struct.pack("f", nearest))[0]
     # for floats of one sign, the next float away from zero is the next bit pattern
     word += 1 if (nearest > 0) == (direction > 0) else -1

@@ -13,16 +13,15 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections.abc import Iterable, Iterator, MutableMapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from qcompile.errors import QCError, suggest
-from qcompile.ir.registry import Registry
 
 Kind = Literal["int", "float", "table"]
 NonFinite = Literal["none", "nan", "ieee"]
@@ -243,8 +242,7 @@ class Format:
 
 def _as_float32(value: float) -> float:
     """The nearest float32 number, which may be infinity."""
-    with np.errstate(over="ignore"):  # no tensor: one made under fake mode has no value
-        return float(np.float32(value))
+    return float(torch.tensor(value, dtype=torch.float64).to(torch.float32)) if math.isfinite(value) else value
 
 
 def bit_planes(bits: int) -> tuple[int, ...]:
@@ -323,6 +321,49 @@ class ScaleFormat:
 
 def _signed(byte: int) -> int:
     return byte - 256 if byte > 127 else byte
+
+
+E = TypeVar("E", bound=Format | ScaleFormat)
+
+
+class Registry(MutableMapping[str, E]):
+    """Entries by name. A name keeps its meaning: packed weights and kernels are found by it.
+
+    Raises:
+        QCError: `format.entry` for a key that is not the entry's name, or an entry of another type; `format.redefined` for a
+            name that has meant another entry in this process, even if that was taken out again.
+    """
+
+    def __init__(self, kind: type[E], entries: Iterable[E]) -> None:
+        self._kind = kind
+        self._entries: dict[str, E] = {}
+        self._meant: dict[str, E] = {}
+        self.update({entry.name: entry for entry in entries})
+
+    def __getitem__(self, name: str) -> E:
+        return self._entries[name]
+
+    def __delitem__(self, name: str) -> None:
+        del self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __setitem__(self, name: str, entry: E) -> None:
+        if not isinstance(entry, self._kind) or entry.name != name:
+            given = f"the format {entry.name!r}" if isinstance(entry, self._kind) else f"a {type(entry).__name__}"
+            raise QCError("format.entry", f"{given} under the name {name!r}", next="give an entry under its own name")
+        if self._meant.setdefault(name, entry) != entry:
+            raise QCError(
+                "format.redefined",
+                f"{name!r} means another format already",
+                why="packed weights and kernels of this process are found by the name",
+                next="give the changed one a name of its own, or define it in a new process",
+            )
+        self._entries[name] = entry
 
 
 def _table() -> list[Format]:

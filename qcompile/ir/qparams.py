@@ -22,6 +22,7 @@ it decodes to NaN.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -54,6 +55,20 @@ class QParams(NamedTuple):
     zero: Tensor | None = None
     outer: Tensor | None = None
     inverse: Tensor | None = None
+
+
+def pack_qparams(qparams: QParams) -> list[Tensor]:
+    """The tensors of scales, without those that are not there."""
+    return [t for t in qparams if t is not None]
+
+
+def unpack_qparams(tensors: Sequence[Tensor], scheme: Scheme, ndim: int) -> QParams:
+    """Invert `pack_qparams` for a tensor of `ndim` dimensions."""
+    rest = list(tensors)
+    scale = rest.pop(0)
+    zero = rest.pop(0) if scheme.scale.zero is not None else None
+    outer = rest.pop(0) if scheme.outer is not None else None
+    return QParams(scale, zero, outer, rest.pop(0) if rest else None)
 
 
 def choose_qparams(x: Tensor, scheme: Scheme | str) -> QParams:

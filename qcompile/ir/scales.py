@@ -70,10 +70,22 @@ def cell_counts(shape: Sequence[int], cell: Cell, device: torch.device) -> Tenso
 def spread(s: Tensor, cell: Cell, shape: Sequence[int]) -> Tensor:
     """Repeat the elements of `s` over their cells; the result broadcasts against a tensor of `shape`."""
     for dim, length in enumerate(cell):
-        if length is not None and length > 1:
-            repeated = [*s.shape[: dim + 1], length, *s.shape[dim + 1 :]]
-            s = s.unsqueeze(dim + 1).expand(repeated).flatten(dim, dim + 1).narrow(dim, 0, shape[dim])
+        if length is None or length == 1:
+            continue
+        size = shape[dim]
+        rest = size % length if isinstance(size, int) else 0
+        if rest and size > length:
+            # A shorter last cell by itself: Inductor's C++ (2.13) splits loops at the length of a cell, and loses it.
+            whole, last = s.narrow(dim, 0, size // length), s.narrow(dim, size // length, 1)
+            s = torch.cat([_repeated(whole, dim, length), _repeated(last, dim, rest)], dim)
+        else:
+            s = _repeated(s, dim, length)
+            s = s if isinstance(size, int) and s.shape[dim] == size else s.narrow(dim, 0, size)
     return s
+
+
+def _repeated(s: Tensor, dim: int, times: int) -> Tensor:
+    return s.unsqueeze(dim + 1).expand([*s.shape[: dim + 1], times, *s.shape[dim + 1 :]]).flatten(dim, dim + 1)
 
 
 def store_scale(

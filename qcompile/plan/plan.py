@@ -32,7 +32,9 @@ class Decision:
         sqnr: weight signal-to-noise ratio in dB, `None` when not measured.
         group: index of the merge group (sites that became one matmul), or -1.
         min_sqnr: the signal-to-noise ratio (dB) that the recipe's rule asks the weight to keep.
-        packed: whether a pass gave the site packed operands; a decision alone changes nothing.
+        estimator: the gradient at the site's roundings, where it is trained.
+        grad: scheme of the gradients in products of codes, where it is trained; `None` for products in float.
+        packed: whether a pass gave the site packed (or, in training, rounded) operands; a decision alone changes nothing.
         entry: the store's packed weight behind the site, if the store holds it; a weight that `convert` packed is the
             module's own.
     """
@@ -48,12 +50,24 @@ class Decision:
     sqnr: float | None = None
     group: int = -1
     min_sqnr: float = -math.inf
+    estimator: str = "ste"
+    grad: Scheme | None = None
     packed: bool = False
     entry: Entry | None = field(default=None, compare=False, repr=False)
 
     @property
     def quantized(self) -> bool:
         return self.weight is not None
+
+    @property
+    def trained(self) -> bool:
+        """Whether the weight is rounded in the graph in every step."""
+        return self.weight is not None and self.site.trained
+
+    @property
+    def packable(self) -> bool:
+        """Whether the store packs the weight: not one that is trained, which is rounded in the graph."""
+        return self.weight is not None and not self.site.trained
 
 
 @dataclass
@@ -87,7 +101,7 @@ class Plan:
         found = {
             d.site.path: (d.weight, asked[0])
             for d in self
-            if d.quantized and d.packed and d.entry is None and d.weight not in (asked := recipe.asks(d.site))
+            if d.packable and d.packed and d.entry is None and d.weight not in (asked := recipe.asks(d.site))
         }
         if not found:
             return ""

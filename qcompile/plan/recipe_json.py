@@ -14,12 +14,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qcompile.errors import QCError
+from qcompile.errors import QCError, suggest
 from qcompile.ir.fit import FITS
 from qcompile.ir.scheme import Scheme
 
 VERSION = 1
-KEYS = ("version", "name", "rules")
+KEYS = ("version", "name", "rules", "updates")
+UPDATES = ("nearest", "stochastic")
 FILE = f'a recipe file is {{"version": {VERSION}, "name": ..., "rules": [...]}}'
 _INFINITE = ("inf", "-inf")  # JSON has no number for these
 
@@ -77,6 +78,8 @@ FIELDS: Mapping[str, tuple[Callable[[object], Any], str]] = {
     "min_sqnr": (_decibels, "a number of decibels such as 30.0, or 'inf' for weights that are exact"),
     "fit": (_text, " or ".join(map(repr, FITS))),
     "device": (_text, "'cpu' or 'gpu', or '' for both"),
+    "grad": (_scheme, "a scheme such as 'int8/token', or None (in a file: null) for products in float"),
+    "estimator": (_text, "the name of an estimator such as 'ste' or 'lsq'"),
 }
 
 
@@ -92,6 +95,19 @@ def checked(field: str, value: object) -> Any:
         ) from None
     except QCError as error:
         raise error.at(field) from error
+
+
+def checked_updates(value: object) -> None:
+    """Refuse what is no way to write updated parameters. Raises `QCError` ("recipe.updates")."""
+    if not isinstance(value, str) or value not in UPDATES:
+        near = suggest(value, UPDATES) if isinstance(value, str) else ""
+        raise QCError(
+            "recipe.updates",
+            f"updates cannot be {shown(value)}{near}",
+            where="updates",
+            why="16-bit parameters are written to the nearest number, as torch does, or stochastically",
+            next=f"use {' or '.join(map(repr, UPDATES))}",
+        )
 
 
 def plain(value: Any) -> Any:

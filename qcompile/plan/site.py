@@ -32,6 +32,8 @@ class Site:
         bias: whether a bias is added.
         refused: why no scheme can apply here ("" when one can).
         device: "cpu" or "gpu", by who writes the kernels.
+        trained: whether autograd records there and may ask for the weight's gradient: it stays float, and is rounded anew in
+            every step.
     """
 
     index: int
@@ -48,6 +50,7 @@ class Site:
     bias: bool = False
     refused: str = ""
     device: str = "cpu"
+    trained: bool = False
 
     @property
     def weights(self) -> int:

@@ -19,14 +19,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from qcompile.errors import QCError, warn
-from qcompile.ir.codec import clamped, dequantize, quantize
+from qcompile.ir.codec import QParams, clamped, dequantize, quantize
+from qcompile.ir.estimators import estimator_of
 from qcompile.ir.noise import ratio_db
 from qcompile.ir.packing import packed_parts
 from qcompile.ir.scheme import Scheme
@@ -65,6 +66,8 @@ class Encoding:
         fit: how scales are chosen.
         seed: key of stochastic rounding; other schemes ignore it.
         min_sqnr: the signal-to-noise ratio (dB) for whose sake the scheme was chosen.
+        estimator: whose learned scales the weight has, "" where they are chosen; the expression then gives the float
+            weight and the learned tensors.
     """
 
     expression: WeightExpression
@@ -72,12 +75,22 @@ class Encoding:
     fit: str = "minmax"
     seed: int = 0
     min_sqnr: float = -math.inf
+    estimator: str = ""
 
     @property
     def key(self) -> tuple[str, str, str, int]:
         """Equal for encodings that give the same packed tensors."""
         random = self.scheme is not None and self.scheme.rounding == "stochastic"
-        return self.expression.text, str(self.scheme), self.fit, self.seed if random else 0
+        return self.expression.text, str(self.scheme), self.estimator or self.fit, self.seed if random else 0
+
+    def weight(self, roots: Sequence[torch.Tensor]) -> tuple[torch.Tensor, QParams | None]:
+        """The float weight that parameters stand for, and its scales where they are learned."""
+        value: Any = self.expression.evaluate(*(root.detach() for root in roots))
+        if not self.estimator:
+            return value, None
+        assert self.scheme is not None
+        weight, *learned = value
+        return weight, estimator_of(self.estimator).learned_qparams(self.scheme, learned, weight.dim())
 
 
 @contextmanager
@@ -148,13 +161,15 @@ class Entry:
         """
         with ordinary_tensors():
             seen = tuple(map(stamp, roots))
-            weight = self.expression.evaluate(*(root.detach() for root in roots))
+            weight, qparams = self.encoding.weight(roots)
             failed: QCError | None = None
             if self.scheme is None:
                 fresh = [weight.contiguous().clone()]
             else:
                 try:
-                    fresh = quantize(weight, self.scheme, fit=self.encoding.fit, seed=self.encoding.seed)
+                    fresh = quantize(
+                        weight, self.scheme, qparams=qparams, fit=self.encoding.fit, seed=self.encoding.seed
+                    )
                 except QCError as error:
                     failed, seen = error.at(self.expression.where), ()
                     if not (later and error.code == "codec.nonfinite-weight"):
@@ -205,7 +220,7 @@ class Entry:
         if self.scheme is None or any(root is None for root in roots):
             return None
         with torch.no_grad():
-            weight = self.expression.evaluate(*(r.detach() for r in roots if r is not None))
+            weight, _ = self.encoding.weight([root for root in roots if root is not None])
             return ratio_db(self.decoded(), weight)
 
 
@@ -298,7 +313,13 @@ class Store:
             return [self._entries[key] for key in dict.fromkeys(keys)]
 
     def mark(self, tensors: Sequence[torch.Tensor]) -> int:
-        """Mark every entry made from these tensors stale; returns how many there were."""
+        """Mark every entry made from these tensors stale; returns how many there were.
+
+        What a sharded parameter (FSDP2's DTensor) is gathered into, and graphs read, is another tensor, whose version does
+        not count the gathering: then all entries are stale.
+        """
+        if any(type(tensor) is not torch.nn.Parameter and hasattr(tensor, "full_tensor") for tensor in tensors):
+            return self._forget(list(self._roots))
         return self._forget([id(tensor) for tensor in tensors])
 
     def drop_unused(self, entries: Iterable[Entry]) -> None:

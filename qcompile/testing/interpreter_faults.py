@@ -56,6 +56,14 @@ def _constants(x: Any, out: Any) -> None:
     tl.store(out + 512 + i, tl.full((256,), 2.5, tl.bfloat16) - a)
 
 
+def _atomics(x: Any, indices: Any, out: Any) -> None:
+    row, i = tl.arange(0, 1)[:, None], tl.arange(0, 64)[None, :]
+    at = tl.load(indices + row)
+    tl.store(out + row * 64 + i, 0.0)
+    tl.atomic_add(out + at + i, tl.load(x + row * 64 + i), row < 1)
+    tl.atomic_add(out + at + i, tl.load(x + row) + tl.zeros([1, 64], tl.float32), row < 1)
+
+
 def _differs(kernel: Callable[..., None], inputs: list[Tensor], expected: Tensor) -> bool:
     """Whether a kernel gives anything but `expected`; zeros have a sign, NaN is NaN."""
     out = torch.full_like(expected, -1)
@@ -121,6 +129,11 @@ def constants() -> bool:
     return _differs(_constants, [x], torch.cat([x * 1.5, 3 + x, 2.5 - x]))
 
 
+def atomics() -> bool:
+    x = torch.arange(64).float()
+    return _differs(_atomics, [x + 1, torch.zeros(1, dtype=torch.int32)], x + 2)
+
+
 # What is wrong, in words -> whether it is.
 FAULTS: dict[str, Callable[[], bool]] = {
     "tl.dot of bf16": dot,
@@ -129,4 +142,5 @@ FAULTS: dict[str, Callable[[], bool]] = {
     "integers to bf16": integers,
     "bf16 with bf16": arithmetic,
     "bf16 with constants": constants,
+    "atomics with a mask for a row": atomics,
 }

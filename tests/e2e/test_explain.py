@@ -164,11 +164,12 @@ def test_notes_of_passes_name_their_graph() -> None:
 
 
 def test_notes_of_compiled_graphs() -> None:
-    """`summarize` on what was compiled: weights that stay float are counted, outlining says what it did."""
+    """`summarize` on what was compiled: weights that are trained are counted, outlining says what it did."""
     model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(2, 8)
     with watching("reference") as trace, warnings.catch_warnings(action="ignore"):
         compiled(model, "int8")(x)
-    assert summarize(trace.contexts).notes == ("2 weights stay float: autograd is recording, so they may be trained",)
+    (note,) = summarize(trace.contexts).notes
+    assert note == "autograd is recording: 2 weights stay float parameters and are rounded in every call"
     torch._dynamo.reset()
     with torch.no_grad(), watching() as trace:
         compiled(model, "none")(x)

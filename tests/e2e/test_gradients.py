@@ -1,4 +1,4 @@
-"""While autograd records: trained weights stay float, gradients flow through packed weights and into biases."""
+"""While autograd records: trained weights stay parameters, gradients flow through packed weights and into biases."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from tests.e2e.support import FLOAT, compiled, decoded, fp32_step, noise_bound
 STEP = fp32_step(96)
 
 
-def test_weights_that_may_be_trained_stay_float() -> None:
+def test_weights_that_may_be_trained_stay_parameters() -> None:
+    """They are rounded to what the store would pack, in the graph, and nothing is said of it but in the ledger."""
     model, x = MLP(), torch.randn(3, 64)
-    with watching("reference") as trace, warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with watching("reference") as trace, warnings.catch_warnings(action="error", category=QCWarning):
         y = compiled(model)(x)
-    assert torch.equal(y, model(x))
-    assert not any(d.quantized for d in trace.contexts[0].plan)
-    assert [w.category for w in caught if w.category is QCWarning] == [QCWarning]
+    assert torch.equal(y, decoded(model)(x))
+    assert all(d.trained and d.packed and d.entry is None for d in trace.contexts[0].plan)
+    assert not trace.contexts[0].packed
     y.sum().backward()
     assert all(p.grad is not None for p in model.parameters())
 

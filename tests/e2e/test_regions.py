@@ -33,9 +33,10 @@ def test_every_site_is_judged_by_its_region(outside: bool) -> None:
     model, x = Partly(), torch.randn(3, 16)
     with torch.set_grad_enabled(outside), watching("reference") as trace:
         loss, _ = compiled(model)(x)
-    assert {d.site.path: d.quantized for d in trace.contexts[0].plan} == {
-        "a.weight": not outside, "b.weight": False, "c.weight": True,
+    assert {d.site.path: d.trained for d in trace.contexts[0].plan} == {
+        "a.weight": outside, "b.weight": True, "c.weight": False,
     }  # fmt: skip
+    assert all(d.quantized for d in trace.contexts[0].plan)
     loss.backward()
     assert model.b.weight.grad is not None
     assert model.b.bias.grad is not None

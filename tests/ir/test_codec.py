@@ -18,6 +18,7 @@ from qcompile.ir.codec import (
     fake_quant,
     part_names,
     quantize,
+    refuse_nonfinite,
 )
 from qcompile.ir.elements import decode_element
 from qcompile.ir.formats import FORMATS
@@ -124,6 +125,9 @@ def test_weights_with_nan_or_infinity_are_refused_by_index(bad: float) -> None:
     with pytest.raises(QCError, match=r"index \[17, 5\]") as caught:
         quantize(w, "int4/g32")
     assert caught.value.code == "codec.nonfinite-weight"
+    with pytest.raises(QCError) as caught:
+        refuse_nonfinite(w, "layer.weight")
+    assert caught.value.where == "layer.weight: index [17, 5]"
 
 
 @given(schemes(), shapes(30), st.data())

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from qcompile import QCError
+from qcompile import QCError, compat
 from qcompile.passes.detect.canonicalize import Canonicalize
 from qcompile.passes.detect.sites import Detect
+from qcompile.passes.match import op_name
 from tests.passes.graphs import context, dynamo_graph, run, sites
 
 B, K = 4, 16
@@ -83,10 +84,19 @@ def test_plain_calls_become_part_of_the_graph(make: Callable[[], nn.Module]) -> 
         assert torch.equal(gm(*inputs)[0], model(x))
 
 
-def test_a_recorded_checkpoint_stays() -> None:
+@pytest.mark.parametrize("selective", [False, True])
+def test_a_recorded_checkpoint(selective: bool) -> None:
+    """Its nodes are marked to be computed again, unless it decides that node by node: then it stays as it is."""
     gm, inputs = dynamo_graph(Checkpointed(), torch.randn(B, K))
+    (node,) = (n for n in gm.graph.nodes if "tag_activation_checkpoint" in str(n.target))
+    if selective:
+        getattr(gm, node.args[0].target).meta["_checkpoint_context_fn"] = lambda: None
     ctx = context(gm, inputs)
     ctx.training = True
-    assert "tag_activation_checkpoint" in run([Canonicalize(), Detect()], gm, ctx)
-    assert {d.site.refused for d in ctx.plan} == {"inside torch.utils.checkpoint: not handled while autograd records"}
+    text = run([Canonicalize(), Detect()], gm, ctx)
     assert len(ctx.plan.decisions) == 2
+    refused = "inside torch.utils.checkpoint: not handled while autograd records" if selective else ""
+    assert {d.site.refused for d in ctx.plan} == {refused}
+    assert ("tag_activation_checkpoint" in text) == selective
+    marked = {compat.checkpoint_of(n) for n in gm.graph.nodes if op_name(n) == "linear"}
+    assert marked == (set() if selective else {0, 1})  # one inside the other

@@ -178,15 +178,6 @@ def test_pairs_that_cannot_be_fused_whole(name: str, bias: bool) -> None:
     assert (after - before).abs().max() <= 24 * FLOAT * 3 * (top + top**3)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_pairs_that_no_kernel_multiplies(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the reference multiplies, it also combines."""
-    gm, _, ctx = post_graph(Functional(lambda g, u: F.silu(g) * u, (N, N), bias=bias), mat(M, 32))
-    monkeypatch.setattr("qcompile.codegen.devices.cpu.cpp_compiler", lambda: None)
-    run([Epilogue()], gm, ctx)
-    assert [spec.paired for spec in specs(gm)] == [True]
-
-
 def test_twice_is_once() -> None:
     for function, n, bias, extras in FUSED.values():
         gm, _, ctx = post_graph(Functional(function, n, bias=bias), mat(M, 32), *extras)

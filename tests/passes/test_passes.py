@@ -108,7 +108,7 @@ def test_dump_writes_every_pass_of_every_graph(tmp_path: Path) -> None:
             folder = tmp_path / f"{number:02d}_{stage}"
             want = ["00_input.txt", *(f"{i:02d}_{item.name}.txt" for i, item in enumerate(passes, 1))]
             assert sorted(path.name for path in folder.iterdir()) == want
-    assert "qmm" in (tmp_path / "01_dynamo" / f"{len(DYNAMO):02d}_freeze.txt").read_text()
+    assert "qmm" in next((tmp_path / "01_dynamo").glob("*_freeze.txt")).read_text()
 
 
 def test_dump_shows_what_each_pass_planned(tmp_path: Path) -> None:

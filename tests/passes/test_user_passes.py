@@ -140,8 +140,8 @@ class Behind(Pass):
     [
         {"replace": {"resolve": Planner()}},
         {"insert": [("before", "canonicalize", Behind())]},
-        {"drop": ["resolve", "merge", "freeze"]},
-        {"drop": ["detect", "resolve", "merge", "freeze"]},
+        {"drop": ["resolve", "merge", "freeze", "fake_quant"]},
+        {"drop": ["detect", "resolve", "merge", "freeze", "fake_quant"]},
         *({"drop": [item.name]} for item in DEFAULT_PASSES if item.name not in ("detect", "resolve")),
     ],
 )

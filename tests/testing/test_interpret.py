@@ -114,19 +114,24 @@ def test_self_test_fails_without_the_repairs(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize(
     ("method", "fault"),
-    [("create_dot", "tl.dot of bf16"), ("cast_impl", "fp32 to bf16"), ("binary_op", "bf16 with bf16")],
+    [
+        ("create_dot", "tl.dot of bf16"),
+        ("cast_impl", "fp32 to bf16"),
+        ("binary_op", "bf16 with bf16"),
+        ("create_atomic_rmw", "atomics with a mask for a row"),
+    ],
 )
 def test_one_missing_repair_is_named(monkeypatch: pytest.MonkeyPatch, method: str, fault: str) -> None:
     from triton.runtime.interpreter import InterpreterBuilder
 
     original = getattr(InterpreterBuilder, method)
-    repair = switch.repair_floats
+    repair = switch.repair_atomics
 
     def all_but_one(stack: object, interpreter: object) -> None:
         repair(stack, interpreter)
         setattr(InterpreterBuilder, method, original)
 
-    monkeypatch.setattr("qcompile.compat.triton.repair_floats", all_but_one)
+    monkeypatch.setattr("qcompile.compat.triton.repair_atomics", all_but_one)
     monkeypatch.setattr(module, "_checked", set())
     with pytest.raises(QCError) as caught, interpret():
         pass

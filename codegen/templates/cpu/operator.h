@@ -1,6 +1,7 @@
 // The kernel as an operator of torch, through torch's stable C ABI. The functions are declared here by hand and looked up
 // in the loaded library: no torch header is read, nothing is linked, and a release without one of them is an answer
 // ("missing") instead of a library that cannot be loaded. All of them exist from torch 2.10 on.
+// before: OPERATION, a name for errors, and ARGUMENTS, the schema without a name. after: boxed.
 #include <cstdarg>
 #include <cstdio>
 #include <dlfcn.h>
@@ -40,7 +41,8 @@ constexpr uint64_t WRITTEN_FOR = 2ull << 56 | 10ull << 48;  // the conventions b
   F(aoti_torch_dtype_float16, ())                                                              \
   F(aoti_torch_dtype_bfloat16, ())                                                             \
   F(aoti_torch_dtype_uint8, ())                                                                \
-  F(aoti_torch_dtype_int8, ())
+  F(aoti_torch_dtype_int8, ())                                                                 \
+  F(aoti_torch_dtype_int64, ())
 #define DECLARE(name, arguments) int32_t(*name) arguments = nullptr;
 struct Torch {
   TORCH_FUNCTIONS(DECLARE)
@@ -48,10 +50,11 @@ struct Torch {
 
 // Throwing is how a boxed function reports an error: it becomes a RuntimeError.
 [[noreturn]] __attribute__((format(printf, 1, 2))) void refuse(const char* format, ...) {
-  char text[600] = "qmm: ";
+  char text[600];
+  const int head = snprintf(text, sizeof text, "%s: ", OPERATION);
   va_list list;
   va_start(list, format);
-  vsnprintf(text + 5, sizeof text - 5, format, list);
+  vsnprintf(text + head, sizeof text - (size_t)head, format, list);
   va_end(list);
   throw std::runtime_error(text);
 }
@@ -105,10 +108,15 @@ struct Tensor {  // owns its handle
   // Sizes as given, and contiguous.
   void expect(const char* what, int i, std::initializer_list<int64_t> want) const {
     shaped(what, i, want.begin(), (int64_t)want.size());
+    dense(what, i);
+  }
+  void dense(const char* what, int i) const {
     int64_t step = 1;
     for (int64_t d = dim; d-- > 0; step *= size[d])
-      if (size[d] != 1 && stride[d] != step) refuse("%s %d %s is not contiguous", what, i, sizes().c_str());
+      if (size[d] != 1 && stride[d] != step && count() != 0) refuse("%s %d %s is not contiguous", what, i, sizes().c_str());
   }
+
+  int64_t count() const { return rows() * (dim ? size[dim - 1] : 1); }
 
   int64_t rows() const {
     int64_t count = 1;
@@ -154,75 +162,6 @@ std::vector<Tensor> tensors(const List& list) {
 }
 
 using Dtype = int32_t (*Torch::*)();
-struct ExtraKind {
-  Dtype dtype;
-  bool mat;
-};
-constexpr int64_t LONGEST = int64_t(1) << 40;  // sizes beyond would overflow their products
-
-// The operands of one call: taken over from the stack (a boxed function owns its arguments), then checked.
-struct Call {
-  Tensor x;
-  std::vector<Tensor> parts, extras;
-  std::vector<Slot> n;
-  int64_t k, m = 0, columns = 0, ldx = 0;
-  std::vector<int64_t> distance;  // of rows, of each "mat" extra
-
-  explicit Call(Slot* stack, const List& part_list, const List& extra_list, const List& n_list)
-      : x((Handle)stack[0]), parts(tensors(part_list)), extras(tensors(extra_list)), n(n_list.items()), k((int64_t)stack[4]) {}
-
-  void check(Dtype x_dtype, std::initializer_list<Dtype> part_dtypes, std::initializer_list<ExtraKind> kinds, int64_t longest) {
-    if (n.size() != SEGMENTS || parts.size() != SEGMENTS * part_dtypes.size() || extras.size() != kinds.size())
-      refuse("%zu segments, %zu parts, %zu extras; expected %d, %zu, %zu", n.size(), parts.size(), extras.size(), SEGMENTS,
-             SEGMENTS * part_dtypes.size(), kinds.size());
-    if (k < 1 || k > longest) refuse("k=%lld is out of range", (long long)k);
-    x.read("x", 0, (torch_.*x_dtype)());
-    if (x.dim < 1 || x.size[x.dim - 1] != k) refuse("x is %s, k=%lld", x.sizes().c_str(), (long long)k);
-    m = x.rows(), ldx = x.row_stride("x", 0);
-    const int64_t blocks = (k + 31) / 32, groups = SCALES_PER_GROUP ? (blocks + GB - 1) / (GB ? GB : 1) : 1;
-    for (int s = 0, at = 0; s < SEGMENTS; s++) {
-      const int64_t size = (int64_t)n[s];
-      if (size < 1 || size > LONGEST || (PAIRED && size != (int64_t)n[0])) refuse("segment %d of size %lld", s, (long long)size);
-      columns = PAIRED ? size : columns + size;
-      for (const Dtype* dtype = part_dtypes.begin(); dtype != part_dtypes.end(); dtype++, at++) {
-        parts[at].read("part", at, (torch_.**dtype)());
-        if (dtype == part_dtypes.begin()) parts[at].expect("part", at, {(size + 15) / 16, blocks, BITS * 64});
-        else parts[at].expect("part", at, {(size + 15) / 16, groups, 16});
-      }
-    }
-    int i = 0;
-    for (const ExtraKind& kind : kinds) {
-      Tensor& extra = extras[i];
-      extra.read("extra", i, (torch_.*kind.dtype)());
-      if (kind.mat) {
-        extra.shaped("extra", i, result_size().data(), x.dim);
-        distance.push_back(extra.row_stride("extra", i));
-      } else {
-        extra.expect("extra", i, {columns});
-      }
-      i++;
-    }
-  }
-
-  std::vector<int64_t> result_size() const {
-    std::vector<int64_t> size(x.size, x.size + x.dim);
-    size.back() = columns;
-    return size;
-  }
-
-  Tensor result(Dtype dtype) const {
-    std::vector<int64_t> size = result_size(), stride(x.dim);
-    int64_t step = 1;
-    for (int64_t d = x.dim; d-- > 0; step *= std::max<int64_t>(size[d], 1)) stride[d] = step;
-    Handle handle = nullptr;
-    must(torch_.aoti_torch_empty_strided(x.dim, size.data(), stride.data(), (torch_.*dtype)(), torch_.aoti_torch_device_type_cpu(),
-                                         0, &handle),
-         "allocate the result");
-    Tensor y(handle);
-    must(torch_.aoti_torch_get_data_ptr(handle, &y.data), "read an address");
-    return y;
-  }
-};
 
 void boxed(Slot* stack, uint64_t inputs, uint64_t outputs);
 }  // namespace
@@ -236,7 +175,7 @@ extern "C" const char* qcompile_register(const char* ns, const char* name) {
   if (!torch_.function) return "torch has no function " #function;
   TORCH_FUNCTIONS(FIND)
   static std::string schema;
-  schema = std::string(name) + "(Tensor x, Tensor[] parts, Tensor[] extras, int[] n, int k) -> Tensor";
+  schema = std::string(name) + ARGUMENTS;
   Handle library = nullptr, cpu = nullptr;  // freeing them would take the operator away
   if (torch_.aoti_torch_library_init_fragment(ns, __FILE__, __LINE__, &library)) return "no library";
   if (torch_.aoti_torch_library_def(library, schema.c_str())) return "the schema was refused";
