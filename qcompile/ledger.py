@@ -91,6 +91,9 @@ def explain(
         finally:
             for graph in graphs:
                 graph.forget()
+            for ctx in trace.contexts:
+                if ctx.counter is not None:
+                    ctx.counter.withdraw()
         found = _with_eager_parts(found, breaks, eager, settings.strict)
         if Recipe.of(settings.recipe).updates == "stochastic" and all(ctx.counter is None for ctx in trace.contexts):
             found = _with_no_updates(found, settings.strict)

@@ -69,7 +69,6 @@ class RoundedInput(nn.Module):
 
     range: torch.Tensor
     calls: torch.Tensor
-    lines: torch.Tensor
 
     def __init__(self, scheme: str, momentum: float = 0.01) -> None:
         super().__init__()
@@ -77,7 +76,8 @@ class RoundedInput(nn.Module):
         # Compiled code cannot raise: where nothing was observed, its results are NaN and not some numbers.
         self.register_buffer("range", torch.full((2,), torch.nan))
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("lines", no_lines(), persistent=False)  # of use between a forward and its backward pass
+        # Of use between a forward and its backward pass of this process: no state, and nothing for replicas to share.
+        self.lines = no_lines()
 
     def learn(self, estimator: str) -> None:
         """Make the observed scale a parameter. Raises `QCError` ("train.examples") where nothing was observed."""
@@ -113,6 +113,8 @@ class RoundedInput(nn.Module):
         if not x.numel():
             return self.range
         new = torch.stack(torch.aminmax(x.detach())).to(torch.float32)
+        if self.lines.device != x.device:
+            self.lines = no_lines().to(x.device)
         used: torch.Tensor = torch.ops.qcompile.observe_(new, self.range, self.calls, self.lines, self.momentum)
         return used
 

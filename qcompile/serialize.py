@@ -360,11 +360,9 @@ def _compare(name: str, shape: tuple[int, ...], dtype: torch.dtype, old: torch.T
 
 def _state(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """All parameters and buffers, tied ones under each name; buffers that `state_dict` leaves out too,
-    because a model built on the meta device has no other way to get them. What a range remembers for a backward pass is no
-    part of a model."""
-    lines = {id(item.lines) for item in model.modules() if isinstance(item, RoundedInput)}
+    because a model built on the meta device has no other way to get them."""
     yield from model.named_parameters(remove_duplicate=False)
-    yield from ((name, t) for name, t in model.named_buffers(remove_duplicate=False) if id(t) not in lines)
+    yield from model.named_buffers(remove_duplicate=False)
 
 
 def _assign(

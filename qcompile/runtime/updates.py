@@ -40,6 +40,12 @@ class Counter:
         kept: Tensor = optimizer.param_groups[0].setdefault(STEPS, self._own)
         return kept
 
+    def withdraw(self) -> None:
+        """Leave no count behind where nothing was counted, as in a graph that was made to be looked at."""
+        optimizer = None if self._optimizer is None else self._optimizer()
+        if optimizer is not None and not int(self.tensor()):
+            del optimizer.param_groups[0][STEPS]
+
     def next(self) -> int:
         """One more step: its number, from 1."""
         kept = self.tensor()

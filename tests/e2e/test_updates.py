@@ -211,6 +211,7 @@ def test_explain_says_when_nothing_is_rounded() -> None:
     with pytest.raises(QCError, match=r"explain\.updates"):
         qcompile.explain(fused.step, options={"recipe": "sr", "strict": True})
     found = qcompile.explain(plain.step, options={"recipe": "sr", "strict": True})
+    assert STEPS not in plain.param_groups[0]
     assert any("rounded stochastically" in note for note in found.notes)
 
 
